@@ -1,0 +1,47 @@
+"""Measure speed and memory: prepare, encode, train, loader, or all of them.
+
+Each part runs in its own process, on speech made up on the spot unless --manifest or --corpus name real speech. Medians
+over --repeats are printed as a Markdown table, and written as JSON to --out. Compilation and first batches are left out.
+
+  prepare   x realtime per core: decode, resample to 24 kHz, FLAC, hash
+  encode    x realtime: waveforms to tokens, tiny and official size (or --size), random weights
+  train     steps/s, utterances/s, x realtime of the preset speech_tokenizer_tiny (or --size official)
+  loader    utterances/s per worker, for 0, 1 and 2 worker processes; with --utterances N also the seconds and memory
+            to the first batch of a synthetic index of N rows
+
+  cv2jax bench all --out bench.json
+  cv2jax bench loader --utterances 100000000
+"""
+
+from absl import flags as absl_flags
+
+from cv2jax.config import UserError
+
+USAGE = "{prepare|encode|train|loader|all} [flags]"
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """Declares this verb's flags."""
+    define = absl_flags
+    define.DEFINE_string("size", "", "tiny or official; by default encode takes both, train tiny.", flag_values=flags)
+    define.DEFINE_float("seconds", 0.0, "Speech in a measurement; 0 chooses.", flag_values=flags)
+    define.DEFINE_integer("repeats", 3, "Measurements of each figure.", flag_values=flags)
+    define.DEFINE_integer("utterances", 0, "Rows of a synthetic index that loader also plans.", flag_values=flags)
+    define.DEFINE_string("manifest", "", "Manifest that prepare reads, instead of made-up speech.", flag_values=flags)
+    define.DEFINE_string(
+        "corpus", "", "Prepared corpus for train and loader, instead of a made-up one.", flag_values=flags
+    )
+    define.DEFINE_string("out", None, "File for the JSON report.", flag_values=flags)
+
+
+def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
+    """Runs the benchmarks and prints the table."""
+    if len(args) != 1:
+        raise UserError(f"expected one of prepare, encode, train, loader, all; got {len(args)} arguments")
+    from cv2jax.jobs.bench import bench, format_table
+    from cv2jax.jobs.bench_options import BenchOptions
+
+    values = flags.flag_values_dict()
+    out = values.pop("out")
+    print(format_table(bench(args[0], BenchOptions(**values), out)))
+    return 0

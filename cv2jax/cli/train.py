@@ -1,0 +1,55 @@
+"""Train a stage from a config: a shipped preset or a Python file.
+
+    cv2jax train speech_tokenizer_tiny --corpus prepared/ --workdir runs/tokenizer
+    cv2jax train my_config.py --workdir runs/a --set model.width=256 --set optimizer.learning_rate=5e-4
+
+The same command resumes by itself. SIGTERM finishes the step, saves and exits with code 75: run the same command again.
+On several processes give each --coordinator, --num_processes and --process_id, or set CV2JAX_DISTRIBUTED=1 where JAX
+recognises the launcher (TPU pods, Slurm).
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from cv2jax.config import UserError, load_config, override, validate
+
+USAGE = "CONFIG --workdir DIR [--corpus DIR] [--set key=value]..."
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares this verb's flags."""
+    flags.DEFINE_string(
+        "workdir", None, "where checkpoints, metrics and curves go; a run in it is resumed", flag_values=values
+    )
+    flags.DEFINE_string("corpus", None, "prepared corpus; short for --set data.corpus=DIR", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "config override key=value; may be repeated", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "number of processes, with --coordinator", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "this process, with --coordinator", flag_values=values)
+
+
+def main(args: list[str], values: flags.FlagValues) -> int:
+    """Trains; returns the exit code."""
+    if len(args) != 1:
+        raise UserError(f"expected one CONFIG, got {len(args)}; usage: cv2jax train {USAGE}")
+    if values.workdir is None:
+        raise UserError("--workdir is missing: give the directory where the run is to live")
+    assignments = list(values.set)
+    if values.corpus is not None:
+        assignments.insert(0, f"data.corpus={values.corpus}")
+    config = override(load_config(args[0]), assignments)
+    validate(config)
+
+    from cv2jax.parallel.distributed import initialize
+
+    initialize(values.coordinator, values.num_processes, values.process_id)
+    import jax
+
+    if jax.process_index():
+        logging.set_verbosity(logging.WARNING)  # config and metrics are told once, by the first process
+    from cv2jax.tasks import make_task
+    from cv2jax.train.loop import train
+
+    workdir = pathlib.Path(values.workdir)
+    return train(make_task(config), config, workdir)

@@ -1,0 +1,251 @@
+"""Batches from a split and its plan, decoded by grain's threads and worker processes.
+
+The grain source's element i *is* the local batch of global step `start_step + i`: the plan alone decides what it holds.
+So the step is the only state, and neither the number of workers nor that of hosts changes a batch (grain's own
+iterator state is tied to both).
+"""
+
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Bool, Int64
+
+from cv2jax.config import UserError
+from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate
+from cv2jax.data.buckets import Bucket
+from cv2jax.data.plan import Plan
+from cv2jax.data.shards import Record
+
+SelectRows = Callable[[int], Any]  # global batch size -> rows of it [B] that this process loads
+_ENDLESS = 1 << 40  # steps of a loader without an end
+# Batches of a worker on their way: in its hands, in its queue, in the hands of the thread that empties it, and ready.
+_HANDED_OVER = 4
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """What the loader needs of a split (`shards.Split`): its size and each row's record; `speaker` too where that is wanted."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Record:
+        """The record of one row."""
+        ...
+
+
+class _BatchSource:
+    """Random access to local batches; picklable, so that each worker opens its own readers."""
+
+    def __init__(
+        self,
+        split: ReadsRows,
+        plan: Plan,
+        encode_text: EncodeText,
+        rows: SelectRows | None,
+        speaker: bool,
+    ) -> None:
+        self._split: Any = split
+        self._plan = plan
+        self._encode_text = encode_text
+        self._rows = rows
+        self._speaker = speaker
+
+    def _load(
+        self, step: int, bucket_id: int, utterances: Int64[np.ndarray, "B"], row_mask: Bool[np.ndarray, "B"]
+    ) -> tuple[np.ndarray, Batch]:
+        if self._rows is not None:
+            local = np.asarray(self._rows(len(utterances)), np.int64)
+            utterances, row_mask = utterances[local], row_mask[local]
+        batch = collate(
+            [self._read(row) for row in utterances.tolist()],
+            self._plan.buckets[bucket_id],
+            utterances=utterances,
+            row_mask=row_mask,
+            encode_text=self._encode_text,
+            rate_hz=self._plan.rate_hz,
+            speakers=np.asarray(self._split.speaker[utterances], np.int32) if self._speaker else None,
+        )
+        return np.array(step, np.int64), batch
+
+    def _read(self, row: int) -> Record:
+        try:
+            return self._split.read(row)
+        except (OSError, ValueError) as error:
+            raise UserError(f"utterance in row {row} cannot be read ({error}); prepare the corpus again") from None
+
+
+class _TrainingSource(_BatchSource):
+    def __init__(self, *args: Any, start_step: int, num_steps: int) -> None:
+        super().__init__(*args)
+        self._start_step = start_step
+        self._num_steps = num_steps
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, index: Any) -> tuple[np.ndarray, Batch]:
+        step = self._start_step + int(index)
+        _, bucket_id, utterances = self._plan.batch(step)
+        return self._load(step, bucket_id, utterances, np.ones(len(utterances), np.bool_))
+
+
+class _EvaluationSource(_BatchSource):
+    def __len__(self) -> int:
+        return self._plan.num_batches
+
+    def __getitem__(self, index: Any) -> tuple[np.ndarray, Batch]:
+        return self._load(int(index), *self._plan.evaluation_batch(int(index)))
+
+
+def _prepare_worker(_index: int, _count: int) -> None:
+    """Makes a worker leave with its parent, and with it only.
+
+    A scheduler signals the whole process group, while the trainer wants to finish its step and save: so workers ignore
+    SIGTERM and Ctrl-C. A parent killed outright cannot stop them: so they watch it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+class Loader:
+    """An iterator of (step, batch) that owns its workers; close it, or use it in a `with` statement.
+
+    At most `max_waiting` batches lie in memory beside the one in use: `prefetch`, which workers share out among them.
+    Each worker has four of its own at least (`_HANDED_OVER`), most of them in shared memory. A worker reads with one
+    thread: more of them would only put more batches in the making.
+
+    Raises UserError, in one line, for a record that cannot be read or a worker that died, and ends there.
+    """
+
+    def __init__(
+        self,
+        source: _TrainingSource | _EvaluationSource,
+        first_step: int,
+        *,
+        num_workers: int,
+        num_threads: int,
+        prefetch: int,
+    ):
+        share = -(-prefetch // max(num_workers, 1))
+        self.max_waiting = num_workers * max(share, _HANDED_OVER) or (prefetch if num_threads else 0)
+        self.num_threads = 1 if num_workers else min(num_threads, prefetch)  # that read, in each process
+        ahead = max(share - _HANDED_OVER, 0) if num_workers else prefetch
+        options = grain.ReadOptions(num_threads=min(self.num_threads, ahead), prefetch_buffer_size=ahead)
+        dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+        if num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses in a notebook
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _prepare_worker)
+        self._iterator: Any = iter(dataset)
+        self._next_step = first_step
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            step, shared = next(self._iterator)
+        except StopIteration:
+            self.close()
+            raise
+        except UserError as error:
+            self.close()
+            raise UserError(str(error)) from None  # grain hangs the worker's traceback on the error
+        except RuntimeError as error:
+            self.close()
+            if "terminated unexpectedly" not in str(error):
+                raise
+            mend = "it may have run out of memory: lower data.num_workers or data.prefetch"
+            raise UserError(f"a data worker died before step {self._next_step} ({error}); {mend}") from None
+        except BaseException:
+            self.close()
+            raise
+        if int(step) != self._next_step:
+            self.close()
+            raise RuntimeError(f"the loader returned step {int(step)} instead of {self._next_step}")
+        self._next_step += 1
+        # Out of the worker's shared memory, which is then free at once and cannot be aliased by a device buffer.
+        return int(step), {name: np.array(array, subok=False) for name, array in shared.items()}
+
+    def close(self) -> None:
+        """Stops threads and workers; the loader then is at its end. Closing twice is fine."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_loader(
+    split: ReadsRows,
+    plan: Plan,
+    encode_text: EncodeText,
+    *,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    rows: SelectRows | None = None,
+    speaker: bool = False,
+    num_workers: int = 0,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> Loader:
+    """Training batches of `num_steps` steps (None: without end) from `start_step` on; same batches for any worker count.
+
+    `rows` picks the rows of each global batch that this process loads (None: all). `speaker` adds each row's
+    speaker. `encode_text`, `split` and `rows` must be picklable when there are workers. `prefetch` batches are read
+    ahead (see `Loader`), by `num_threads` threads where there are no workers; what they may take is logged.
+    """
+    steps = _ENDLESS if num_steps is None else num_steps
+    source = _TrainingSource(split, plan, encode_text, rows, speaker, start_step=start_step, num_steps=steps)
+    loader = Loader(source, start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+    size = max(_batch_bytes(bucket, rows, speaker) for bucket in plan.buckets) / 2**20
+    total = loader.max_waiting * size
+    where = f"this process and its {num_workers} data workers" if num_workers else "this process"
+    logging.info("up to %.1f MiB of batches wait in %s: %d of %.1f MiB", total, where, loader.max_waiting, size)
+    return loader
+
+
+def _batch_bytes(bucket: Bucket, rows: SelectRows | None, speaker: bool) -> int:
+    whole = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in batch_spec(bucket, speaker=speaker).values()
+    )
+    return whole if rows is None else whole * len(rows(bucket.batch_size)) // bucket.batch_size
+
+
+def make_evaluation_batches(
+    split: ReadsRows,
+    plan: Plan,
+    encode_text: EncodeText,
+    *,
+    rows: SelectRows | None = None,
+    speaker: bool = False,
+    num_workers: int = 0,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> Loader:
+    """Batches that show every planned utterance once, bucket by bucket; rows that only fill a shape are masked out."""
+    source = _EvaluationSource(split, plan, encode_text, rows, speaker)
+    return Loader(source, 0, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)

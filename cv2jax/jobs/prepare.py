@@ -1,0 +1,364 @@
+"""`cv2jax prepare`: from a manifest and audio files to a corpus of shards; parallel, resumable, idempotent.
+
+A second run on the same directory works like make: shards whose manifest lines, audio files and options are unchanged
+are kept, the others made again. Killed at any moment, it loses at most the shards in the making.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cv2jax.audio.io import MIN_RATE_HZ
+from cv2jax.config import UserError
+from cv2jax.data.corpus_index import ShardColumns, shard_name, write_index, write_json
+from cv2jax.data.manifest import ManifestScan, scan_manifest
+from cv2jax.data.prepare_report import write_report
+from cv2jax.data.shard_builder import PrepareOptions, ShardOutcome, ShardTask, build_shard, load_columns, note_path
+from cv2jax.data.shards import ENCODINGS, Corpus
+from cv2jax.text.characters import CharacterVocabulary
+
+# So many shards, for the sake of parallel work and resuming, within these sizes.
+_TARGET_SHARDS = 64
+_SHARD_UTTERANCES = (8, 2048)
+_SECONDS_BETWEEN_LINES = 30.0
+
+Plan = list[tuple[str, int, int, int]]  # (split, shard number, first and last of the split's own rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareResult:
+    """What a run did: `changed` is False where nothing was to do; `speech_seconds` counts the shards it made."""
+
+    num_utterances: int
+    num_refused: int
+    num_warnings: int
+    total_seconds: float
+    num_shards_made: int
+    num_shards_kept: int
+    speech_seconds: float
+    wall_seconds: float
+    workers: int
+    peak_worker_bytes: int
+    changed: bool
+
+
+def prepare(
+    manifest: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rate_hz: int = 24000,
+    encoding: str = "flac",
+    workers: int = 0,
+    shard_utterances: int = 0,
+    vocabulary: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+    verify: bool = False,
+) -> PrepareResult:
+    """Makes the corpus `out` from `manifest`; bad utterances are refused and reported, the others kept.
+
+    `workers` 0 takes every core, `shard_utterances` 0 a size by the number of utterances. `vocabulary` is a JSON list
+    of characters that normalised text must keep to. `strict` stops at the first bad utterance, `verify` hashes the
+    shards that would be kept. The bytes written depend on manifest, audio and options alone, not on `workers` or kills.
+    Raises UserError, with what was finished kept, for options, files and splits that nothing can be made from.
+    """
+    start = time.monotonic()
+    manifest, out = pathlib.Path(manifest).absolute(), pathlib.Path(out).absolute()
+    _check_options(rate_hz, encoding, workers, shard_utterances)
+    options = PrepareOptions(rate_hz=rate_hz, encoding=encoding, vocabulary=_load_vocabulary(vocabulary))
+    workers = workers or _num_cores()
+    scan = scan_manifest(manifest, strict=strict)
+    with _locked(out):
+        shard_utterances = _settle_options(out, options, shard_utterances, len(scan.line))
+        plan = _plan(scan, shard_utterances)
+        tasks = _make_tasks(scan, plan, out, options, strict=strict, verify=verify)
+        outcomes = _run(tasks, total=len(scan.line), num_shards=len(plan), workers=workers)
+        changed = _finish(out, scan, plan, options)
+    index = Corpus(out).index
+    splits = index["splits"].values()
+    made = [outcome for outcome in outcomes if outcome.built]
+    return PrepareResult(
+        num_utterances=sum(split["num_utterances"] for split in splits),
+        num_refused=len(scan.refused) + sum(outcome.num_refused for outcome in outcomes),
+        num_warnings=sum(outcome.num_warnings for outcome in outcomes),
+        total_seconds=math.fsum(split["seconds"] for split in splits),
+        num_shards_made=len(made),
+        num_shards_kept=len(outcomes) - len(made),
+        speech_seconds=math.fsum(outcome.speech_seconds for outcome in made),
+        wall_seconds=time.monotonic() - start,
+        workers=workers,
+        peak_worker_bytes=max(outcome.peak_bytes for outcome in outcomes),
+        changed=changed or bool(made),
+    )
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_options(rate_hz: int, encoding: str, workers: int, shard_utterances: int) -> None:
+    if not MIN_RATE_HZ <= rate_hz <= 192_000:
+        raise UserError(f"rate_hz={rate_hz}: give a sample rate from {MIN_RATE_HZ} to 192000 Hz (the model's is 24000)")
+    if encoding not in ENCODINGS:
+        raise UserError(f"encoding={encoding}: choose {' or '.join(ENCODINGS)}")
+    if workers < 0:
+        raise UserError(f"workers={workers}: give a number of processes, or 0 for one a core")
+    if shard_utterances < 0:
+        raise UserError(f"shard_utterances={shard_utterances}: give a number of utterances, or 0 for a size that fits")
+
+
+def _load_vocabulary(path: str | os.PathLike[str] | None) -> frozenset[str] | None:
+    if path is None:
+        return None
+    try:
+        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"vocabulary {path}: cannot read it ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"vocabulary {path}: not JSON ({error}); expected a list of characters") from None
+    return frozenset(CharacterVocabulary.from_json(values, str(path)).characters)
+
+
+@contextlib.contextmanager
+def _locked(out: pathlib.Path) -> Iterator[None]:
+    """Makes the directory ours: refuses one with other contents or another run at work; sweeps up after a kill."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a directory for the corpus")
+    notes = out / ".prepare"
+    if not notes.is_dir() and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out}: holds other files and is not from `cv2jax prepare`; give an empty or new directory")
+    try:
+        notes.mkdir(parents=True, exist_ok=True)
+        (out / "shards").mkdir(exist_ok=True)
+        lock = open(notes / "lock", "w")  # noqa: SIM115 (held until the run ends)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another `cv2jax prepare` is at work there; wait for it or stop it") from None
+        for directory in (out, notes, out / "shards", out / "index"):
+            for leftover in directory.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        try:
+            yield
+        except OSError as error:  # a full disk, a lost mount, a manifest that vanished
+            raise UserError(f"{error.filename or out}: {error.strerror or error}; what was finished is kept") from None
+
+
+def _settle_options(out: pathlib.Path, options: PrepareOptions, shard_utterances: int, num_utterances: int) -> int:
+    """Returns the utterances of a shard, as the first run chose them; UserError where a run had other options.
+
+    Redoing a large corpus because of a mistyped flag would be worse than asking for another directory.
+    """
+    path = out / ".prepare" / "options.json"
+    smallest, largest = _SHARD_UTTERANCES
+    fitting = min(max(1 << (max(num_utterances // _TARGET_SHARDS, 1) - 1).bit_length(), smallest), largest)
+    wanted = {"rate_hz": options.rate_hz, "encoding": options.encoding, "shard_utterances": shard_utterances or fitting}
+    if path.is_file():
+        found = _load_options(path, set(wanted))
+        if not shard_utterances:
+            wanted["shard_utterances"] = found["shard_utterances"]
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise UserError(f"{out}: begun with {name}={found[name]}, not {value}; give that, or a new directory")
+    write_json(path, wanted)
+    return wanted["shard_utterances"]
+
+
+def _load_options(path: pathlib.Path, names: set[str]) -> dict[str, Any]:
+    """What the first run chose; UserError where the file does not say so."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not UTF-8
+        found = None
+    if not isinstance(found, dict) or not names <= set(found):
+        mend = "remove that file and give the same command with the options of the first run"
+        raise UserError(f"{path}: is damaged: not the JSON of {', '.join(sorted(names))}; {mend}")
+    return found
+
+
+def _plan(scan: ManifestScan, shard_utterances: int) -> Plan:
+    """Returns the shards: a fixed number of each split's lines, in file order."""
+    plan = []
+    for split in scan.splits:
+        count = len(scan.rows(split))
+        for number, first in enumerate(range(0, count, shard_utterances)):
+            plan.append((split, number, first, min(first + shard_utterances, count)))
+    return plan
+
+
+def _make_tasks(
+    scan: ManifestScan,
+    plan: Plan,
+    out: pathlib.Path,
+    options: PrepareOptions,
+    *,
+    strict: bool,
+    verify: bool,
+) -> Iterator[ShardTask]:
+    rows: dict[str, np.ndarray] = {}
+    for split, number, first, last in plan:
+        if split not in rows:
+            rows = {split: scan.rows(split)}  # one split's at a time
+        chosen = rows[split][first:last]
+        yield ShardTask(
+            root=str(out),
+            manifest=str(scan.path),
+            split=split,
+            number=number,
+            offset=scan.offset[chosen],
+            line=scan.line[chosen],
+            options=options,
+            strict=strict,
+            verify=verify,
+        )
+
+
+def _run(tasks: Iterator[ShardTask], *, total: int, num_shards: int, workers: int) -> list[ShardOutcome]:
+    """Runs every task in worker processes and returns the outcomes in order; stops at the first error in that order."""
+    outcomes: list[ShardOutcome] = []
+    waiting: deque[Future[ShardOutcome]] = deque()
+    workers = min(workers, num_shards)
+    with _start_workers(workers) as pool, _Progress(total) as progress:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(build_shard, task))
+                # A bounded queue: the tasks of a large manifest are not all made at once.
+                if len(waiting) >= 4 * workers:
+                    outcomes.append(_take(waiting.popleft(), progress))
+            while waiting:
+                outcomes.append(_take(waiting.popleft(), progress))
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); finished shards are kept: run again with fewer --workers"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return outcomes
+
+
+def _take(future: Future[ShardOutcome], progress: "_Progress") -> ShardOutcome:
+    outcome = future.result()
+    if outcome.error is not None:
+        raise UserError(f"{outcome.error} (--strict: stopped; what was finished is kept)")
+    progress.add(outcome)
+    return outcome
+
+
+@contextlib.contextmanager
+def _start_workers(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yields a pool of fresh processes with one BLAS thread each: workers do not fight, and sums never change order."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent) as pool:
+            yield pool
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _watch_parent() -> None:
+    """Ends this worker with its parent: a pool's workers would outlive a killed one and wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then: utterances, refusals and speed against real time."""
+
+    def __init__(self, total: int) -> None:
+        self._start = self._last = time.monotonic()
+        self._bar = tqdm(total=total, desc="prepare", unit="utt", disable=not sys.stderr.isatty())
+        self._total = total
+        self._done = self._refused = 0
+        self._seconds = 0.0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, outcome: ShardOutcome) -> None:
+        """Counts one shard."""
+        now = time.monotonic()
+        self._done += outcome.num_utterances
+        self._refused += outcome.num_refused
+        self._seconds += outcome.speech_seconds if outcome.built else 0.0
+        speed = f"{self._seconds / max(now - self._start, 1e-9):.0f}x realtime"
+        self._bar.set_postfix_str(f"{speed}, {self._refused} refused", refresh=False)
+        self._bar.update(outcome.num_utterances)
+        if self._bar.disable and now - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = now
+            line = f"prepare: {self._done} of {self._total} utterances, {self._refused} refused, {speed}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _finish(out: pathlib.Path, scan: ManifestScan, plan: Plan, options: PrepareOptions) -> bool:
+    """Writes report and index from the shards' notes and removes shards no longer planned; False where all stood so."""
+    notes = [note_path(out, split, number) for split, number, _, _ in plan]
+    stale = _remove_stale(out, plan)
+    kept: dict[str, dict[str, Any]] = {split: {"num_utterances": 0, "seconds": 0.0} for split in scan.splits}
+    for (split, *_), note in zip(plan, notes, strict=True):
+        columns = load_columns(note)
+        if columns is not None:
+            kept[split]["num_utterances"] += columns.summary.num_records
+            kept[split]["seconds"] += columns.summary.num_samples / options.rate_hz
+    for counts in kept.values():
+        counts["seconds"] = round(counts["seconds"], 3)
+    changed = write_report(out, manifest=scan.path, kept=kept, refused=scan.refused, notes=notes)
+    for split, counts in kept.items():
+        if not counts["num_utterances"]:
+            (out / "index.json").unlink(missing_ok=True)
+            raise UserError(f'split "{split}" is empty: every utterance of it was refused; see {out / "report.md"}')
+
+    def read_shards() -> Iterator[ShardColumns]:
+        return (columns for columns in map(load_columns, notes) if columns is not None)
+
+    written = write_index(out, rate_hz=options.rate_hz, encoding=options.encoding, read_shards=read_shards)
+    return written or changed or stale
+
+
+def _remove_stale(out: pathlib.Path, plan: Plan) -> bool:
+    """Removes shards and notes of an earlier manifest; True where there were any."""
+    planned = {shard_name(split, number) for split, number, _, _ in plan}
+    planned |= {note_path(out, split, number).name for split, number, _, _ in plan} | {"options.json"}
+    present = (*(out / "shards").iterdir(), *(out / ".prepare").glob("*.json"))
+    stale = [path for path in present if path.name not in planned]
+    if stale:
+        (out / "index.json").unlink(missing_ok=True)
+    for path in stale:
+        path.unlink()
+    return bool(stale)

@@ -1,0 +1,95 @@
+"""Logical axes to mesh axes: one table, strict about names, and every sharding derived from one abstract state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.linen import spmd
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")  # the batch is split over both: FSDP is data parallelism with the parameters split too
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+RULES: Rules = (
+    # activations
+    ("batch", BATCH_AXES),
+    ("length", None),
+    ("act_embed", None),
+    ("act_mlp", "tensor"),
+    ("act_heads", "tensor"),
+    # parameters
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("head_dim", None),
+    ("vocab", "tensor"),
+    ("codebook", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("conv", None),
+)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an activation to its logical axes; outside `axis_rules` a no-op; an unknown axis is an error."""
+    if not spmd.get_logical_axis_rules():
+        return x
+    return spmd.with_logical_constraint(x, axes, fallback=spmd.RulesFallback.RAISE_ERROR)
+
+
+def axis_rules() -> Any:
+    """Context in which `constrain` acts; enter it together with `jax.set_mesh(mesh)`."""
+    return nn.logical_axis_rules(RULES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:
+    """(shapes with shardings, shardings) of the pytree `init(key)` makes, without making it.
+
+    Call it outside `jax.set_mesh`: unboxing would constrain. Raises ValueError for a logical axis that has no rule. A
+    dimension that its mesh axis does not divide is replicated: a head count or vocabulary of any size runs on any mesh.
+    """
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    specs = nn.get_partition_spec(boxed)
+    known = {name for name, _ in RULES}
+    used = {
+        a for s in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)) for a in s if a is not None
+    }
+    if used - known:
+        raise ValueError(f"logical axes without a rule in parallel/sharding.py: {sorted(used - known)}")
+    shapes = nn.unbox(boxed)
+    shardings = jax.tree.map(
+        lambda shape, sharding: _divisible(shape, sharding),
+        shapes,
+        nn.logical_to_mesh_sharding(specs, mesh, list(RULES)),
+    )
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings), shardings
+
+
+def _divisible(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+    mesh, spec = sharding.mesh, []
+    for size, axes in zip(array.shape, tuple(sharding.spec) + (None,) * array.ndim, strict=False):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        spec.append(axes if size % parts == 0 else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))

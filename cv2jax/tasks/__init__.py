@@ -1,0 +1,15 @@
+"""The stages: one file each that wires a model, its loss and its batches for the loop."""
+
+import importlib
+import pathlib
+from typing import Any
+
+from cv2jax.config import TrainConfig, UserError
+
+
+def make_task(config: TrainConfig) -> Any:
+    """The task a config names, as the loop's `Task`; UserError for a name without a file."""
+    known = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+    if config.task not in known:
+        raise UserError(f"task='{config.task}' is unknown; choose one of {', '.join(known)}")
+    return importlib.import_module(f"cv2jax.tasks.{config.task}").make_task(config)

@@ -1,0 +1,121 @@
+"""Checkpoints through Orbax v1: the one file that knows it (v1 still moves names between releases)."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, cast
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from cv2jax.config import UserError
+
+_NAME = "state"  # always named: the default name differs between Orbax releases
+
+
+class Checkpoints:
+    """The checkpoints of a run: `directory/<step>`, written asynchronously and atomically, the newest `keep` kept."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int) -> None:
+        self._directory = directory
+        self._checkpointer = ocp.training.Checkpointer(
+            str(directory.resolve()),
+            # cast: Orbax 0.12 annotates these two with protocols that its own policies miss by an argument's type.
+            save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
+            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
+            cleanup_tmp_directories=True,  # what a killed save left behind
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, None without any."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state to the host, then writes in the background; a second save waits for the first."""
+        self._checkpointer.wait()  # raises what a failed background save raised
+        self._checkpointer.save_checkpointables_async(step, {_NAME: state})
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises if it failed."""
+        self._checkpointer.wait()
+
+    def load(self, abstract: Any, step: int | None = None) -> Any:
+        """The state of a step (default: newest) in the shapes and shardings of `abstract`.
+
+        Raises UserError where the checkpoint is of another model (every leaf is listed) or damaged.
+        """
+        return _load(self._checkpointer, self._directory, abstract, step, partial=False)
+
+
+def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
+    """Only the part of a checkpoint's state that `abstract` (nested dicts) names, for instance {'params': {'encoder': …}}.
+
+    Raises UserError where there is no checkpoint, or where the newest is of another model or damaged.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with ocp.training.Checkpointer(str(directory.resolve()), context=context) as checkpointer:
+        if checkpointer.latest is None:
+            raise UserError(f"no checkpoint in {directory}; train first, or give the directory of a run")
+        return _load(checkpointer, directory, abstract, step, partial=True)
+
+
+def _load(checkpointer: Any, directory: pathlib.Path, abstract: Any, step: int | None, *, partial: bool) -> Any:
+    """The state of a step (default: newest), all or, if `partial`, the leaves that `abstract` has."""
+    place = directory / str(checkpointer.latest.step if step is None else step)
+    with _damage_reported(place):
+        saved = _shapes(checkpointer.checkpointables_metadata(step).metadata.get(_NAME))
+        if not saved:  # Orbax logs what it cannot read of it, and says no more
+            raise ValueError("its description cannot be read")
+    _check_shapes(_shapes(abstract), saved, place, partial=partial)
+    with _damage_reported(place):
+        return checkpointer.load_checkpointables(step, {_NAME: abstract})[_NAME]
+
+
+@contextlib.contextmanager
+def _damage_reported(place: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        # Orbax makes a KeyError of whatever a reader raises: also of Ctrl-C and full memory, which are no damage.
+        cause = error.__cause__ or error
+        if isinstance(cause, KeyboardInterrupt | MemoryError) or "RESOURCE_EXHAUSTED" in str(cause):
+            raise cause from None
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+        raise UserError(
+            f"checkpoint {place} is damaged ({reason}); remove that folder and give the same command: "
+            "it goes on from the one before"
+        ) from error
+
+
+def _check_shapes(ours: dict[str, Any], theirs: dict[str, Any], place: pathlib.Path, *, partial: bool) -> None:
+    lines = [
+        f"{key}: model {ours.get(key, 'absent')}, checkpoint {theirs.get(key, 'absent')}"
+        for key in sorted(set(ours) if partial else set(ours) | set(theirs))
+        if ours.get(key) != theirs.get(key)
+    ]
+    if lines:
+        shown = "; ".join(lines[:5]) + (f" and {len(lines) - 5} more" if len(lines) > 5 else "")
+        raise UserError(f"checkpoint {place} is of another model: {shown}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_plain_path(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _plain_path(path: Any) -> str:
+    """A key path without the difference between attributes, dictionary keys and indices: metadata knows only dictionaries."""
+    names = (getattr(e, "key", getattr(e, "name", getattr(e, "idx", e))) for e in path)
+    return "/".join(map(str, names))

@@ -1,0 +1,113 @@
+"""Metrics of a run: JSON lines (the record), TensorBoard events and a PNG of curves (the view)."""
+
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import tensorboardX
+
+from cv2jax.config import UserError
+
+TIME_FIELDS = ("seconds", "steps_per_second")  # all that may differ between equal runs
+MAX_POINTS = 2000
+NOT_DRAWN = ("step", "seconds", "batch_hash", "codes_used_share")  # counts (`num_…`) are no curves either
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl` and TensorBoard in `workdir`; what lies after `start_step` is taken back first.
+
+    A killed run may have logged past its last checkpoint; the resumed run computes those steps again, so its record
+    must not hold them twice. Only the first process writes.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step] if start_step else []
+        replacement = self._path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        replacement.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._started = time.monotonic()
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """One line {"step", "kind", …values}; numbers go to TensorBoard as `kind/name` too."""
+        if not self._enabled:
+            return
+        line = {"step": step, "kind": kind, **{k: _plain(v) for k, v in values.items()}}
+        line["seconds"] = round(time.monotonic() - self._started, 3)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and value is not None:
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self._enabled:
+            self._file.close()
+            self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out, any other bad line is a UserError."""
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text.decode("utf-8"))
+        except ValueError:  # not JSON, or not UTF-8
+            if number == len(texts):
+                break
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or "kind" not in line:
+            raise UserError(f"{path}:{number}: not a metrics line; remove that line and give the same command")
+        lines.append(line)
+    return lines
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """A PNG with one panel a metric: training series as lines, held-out series with marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and name not in NOT_DRAWN and not name.startswith("num_"):
+                steps, values = series.setdefault(f"{line['kind']} {name}", ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    if not series:
+        return
+    columns = min(3, len(series))
+    rows = math.ceil(len(series) / columns)
+    figure = Figure(figsize=(4.4 * columns, 2.7 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (name, (steps, values)) in enumerate(sorted(series.items())):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        stride = max(1, len(steps) // MAX_POINTS)
+        axes.plot(steps[::stride], values[::stride], marker="." if name.startswith("evaluate") else None, linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; numbers that are not finite become null, because JSON has none."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

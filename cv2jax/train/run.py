@@ -1,0 +1,82 @@
+"""A run's identity beside its checkpoints: `run.json` holds the config and what the data was, compared on resume."""
+
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import cv2jax
+from cv2jax.config import TrainConfig, UserError, differences, to_dict
+
+# What may differ between a run and its resumption: none of it changes batches, draws or what is computed. Another mesh
+# sums in another order (numbers differ by rounding); logging and evaluation change which lines there are and what an
+# evaluation covers.
+FREE_KEYS = (
+    "name",
+    "mesh.",
+    "log_every",
+    "evaluate_every",
+    "evaluate_utterances",
+    "save_every",
+    "keep_checkpoints",
+    "data.corpus:",  # the corpus is compared by its hash, not by where it lies
+    "data.num_workers",
+    "data.num_threads",
+    "data.prefetch",
+)
+
+
+def save_or_compare(workdir: pathlib.Path, config: TrainConfig, facts: dict[str, Any], *, write: bool) -> None:
+    """Writes `run.json`, or compares it with the config and facts of this call and raises UserError on a difference."""
+    path = workdir / "run.json"
+    mine = {"config": to_dict(config), "facts": json.loads(json.dumps(facts))}
+    if path.is_file():
+        theirs = load_run(workdir)
+        lines = [
+            line for line in differences(theirs["config"], mine["config"]) if not line.startswith(FREE_KEYS)
+        ] + differences(theirs["facts"], mine["facts"], "data: ")
+        if lines:
+            shown = "; ".join(_short(line) for line in lines[:6]) + (
+                f"; and {len(lines) - 6} more" if len(lines) > 6 else ""
+            )
+            raise UserError(
+                f"{workdir} holds a run of another config ({shown}); use the same config or another --workdir "
+                "(quickstart: --out)"
+            )
+    elif write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mine["cv2jax"] = cv2jax.__version__
+        mine["revision"] = _revision()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(path)
+
+
+def load_run(workdir: pathlib.Path) -> dict[str, Any]:
+    """{"config", "facts", "cv2jax", "revision"} of the run in `workdir`; UserError if there is none."""
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no run (no run.json); give the --workdir of `cv2jax train`")
+    mend = "restore it or start in another --workdir"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); {mend}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; {mend}") from error
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), dict) for key in ("config", "facts")):
+        raise UserError(f"{path}: does not hold the config and the facts of a run; {mend}")
+    return run
+
+
+def _short(line: str) -> str:
+    return line if len(line) < 120 else line[:117] + "…"
+
+
+def _revision() -> str:
+    """The git revision of the code, 'unknown' when it does not lie in a checkout."""
+    command = ["git", "-C", str(pathlib.Path(cv2jax.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

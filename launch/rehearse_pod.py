@@ -1,0 +1,158 @@
+"""Rehearse a pod on one machine: the same command in several processes, each with fake CPU devices.
+
+    python launch/rehearse_pod.py --processes 2 --devices 4 -- cv2jax train speech_tokenizer_tiny \
+        --corpus prepared/ --workdir runs/rehearsal --set mesh.fsdp=2
+
+Each process gets --coordinator, --num_processes and --process_id, and its output is shown behind its number. When one
+fails the others are stopped. SIGTERM and SIGINT are passed on, so that a preemption can be rehearsed too. The exit code
+is the worst of those processes that ended by themselves: 75 (preempted, start again) gives way to a failure.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+from typing import NoReturn
+
+EXIT_BAD_ARGUMENTS = 2
+ORDERLY_EXITS = (0, 75)  # finished; preempted: saved and to be started again
+GIVEN_HERE = ("--coordinator", "--num_processes", "--process_id")
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        self.exit(EXIT_BAD_ARGUMENTS, f"rehearse_pod: {message}; see --help\n")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options and the command behind `--`; exits with code 2 and one line for a mistake."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=2, help="processes (hosts of the pod)")
+    parser.add_argument("--devices", type=int, default=4, help="fake devices of each process")
+    parser.add_argument("--grace_seconds", type=float, default=30.0, help="from the first failure to SIGKILL")
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, command = parser.parse_args(argv[:split]), argv[split + 1 :]
+    for name in ("processes", "devices"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if not options.grace_seconds >= 0:
+        parser.error(f"--grace_seconds {options.grace_seconds}: must not be negative")
+    if not command:
+        parser.error("no command: write it behind --, for example -- cv2jax train speech_tokenizer_tiny --workdir DIR")
+    if shutil.which(command[0]) is None:
+        parser.error(f"the command '{command[0]}' is not found; install it or give its path")
+    for word in command:
+        if word.split("=")[0] in GIVEN_HERE:
+            parser.error(f"leave {word.split('=')[0]} out of the command: each process is given its own")
+    return options, command
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Pod:
+    """The processes of one rehearsal."""
+
+    def __init__(self) -> None:
+        """A pod without processes."""
+        self.processes: list[subprocess.Popen[str]] = []
+        self.readers: list[threading.Thread] = []
+
+    def start(self, command: list[str], *, num_processes: int, num_devices: int) -> None:
+        """Starts the processes; their output goes on to ours, line by line."""
+        environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(num_devices), PYTHONUNBUFFERED="1")
+        environment.pop("XLA_FLAGS", None)  # may hold a device count of its own
+        address = f"127.0.0.1:{free_port()}"
+        for index in range(num_processes):
+            place = [f"--coordinator={address}", f"--num_processes={num_processes}", f"--process_id={index}"]
+            process = subprocess.Popen(
+                [*command, *place],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C reaches them once, through us
+            )
+            reader = threading.Thread(target=_forward, args=(index, process), daemon=True)
+            reader.start()
+            self.processes.append(process)
+            self.readers.append(reader)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to every process that still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends every process that still runs, with its workers."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def wait(self, grace_seconds: float) -> int:
+        """Waits for all of them, stops the rest when one fails, and returns the worst exit code."""
+        codes: dict[int, int] = {}  # of the processes that ended by themselves
+        stopped_at = None
+        while any(process.poll() is None for process in self.processes):
+            if stopped_at is None:
+                codes = self._codes()
+                failed = [index for index, code in codes.items() if code not in ORDERLY_EXITS]
+                if failed:
+                    stopped_at = time.monotonic()
+                    print(f"rehearse_pod: process {failed[0]} failed with {codes[failed[0]]}: stopping the others")
+                    self.send(signal.SIGTERM)
+            elif time.monotonic() - stopped_at > grace_seconds:
+                self.kill()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if stopped_at is None:
+            codes = self._codes()
+        for reader in self.readers:
+            reader.join(timeout=5)
+        return max(codes.values(), key=lambda code: (code not in ORDERLY_EXITS, code))
+
+    def _codes(self) -> dict[int, int]:
+        """Exit codes so far; a death by signal counts as 128 + its number, as in a shell."""
+        ended = {i: p.returncode for i, p in enumerate(self.processes) if p.poll() is not None}
+        return {index: code if code >= 0 else 128 - code for index, code in ended.items()}
+
+
+def _forward(index: int, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{index}] {line.rstrip()}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the rehearsal and returns its exit code."""
+    options, command = parse(argv)
+    pod = Pod()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        pod.send(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, pass_on)
+    try:
+        pod.start(command, num_processes=options.processes, num_devices=options.devices)
+        return pod.wait(options.grace_seconds)
+    finally:
+        pod.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

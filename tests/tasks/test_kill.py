@@ -1,0 +1,89 @@
+"""Kill −9 of the real command at random moments: the resumed run is the unbroken one, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cv2jax.config import load_config, override
+from cv2jax.parallel.mesh import make_mesh
+from cv2jax.parallel.sharding import abstract_state
+from cv2jax.tasks import make_task
+from cv2jax.train.checkpoint import Checkpoints
+from cv2jax.train.metrics import TIME_FIELDS, read_metrics
+from tests.small_corpus import SMALL_RUN, make_small_corpus
+
+pytestmark = pytest.mark.full
+SETS = [
+    *SMALL_RUN,
+    "data.num_workers=1",
+    "num_steps=300",
+    "log_every=7",
+    "evaluate_every=50",
+    "save_every=10",
+]
+
+
+def command(corpus, workdir):
+    flags = [f"--set={s}" for s in SETS]
+    return [
+        sys.executable,
+        "-m",
+        "cv2jax.cli.main",
+        "train",
+        "speech_tokenizer_tiny",
+        f"--corpus={corpus}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def environment():
+    # One device and XLA's usual optimisation: what a user runs.
+    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+
+
+def record(workdir):
+    return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
+
+
+def final_state(corpus, workdir):
+    config = override(load_config("speech_tokenizer_tiny"), [f"data.corpus={corpus}", *SETS])
+    abstract, _ = abstract_state(make_task(config).init_state, make_mesh(config.mesh, jax.devices()[:1]))
+    with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        return checkpoints.load(abstract)
+
+
+def last_step(workdir):
+    lines = record(workdir) if (workdir / "metrics.jsonl").exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_kills_change_nothing(tmp_path, seed):
+    corpus = make_small_corpus(tmp_path / "c")
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    subprocess.run(command(corpus, unbroken), check=True, env=environment(), capture_output=True)
+    choose = random.Random(seed)
+    for low, high in ((20, 130), (140, 270)):
+        process = subprocess.Popen(
+            command(corpus, killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        at, deadline = choose.randint(low, high), time.monotonic() + 300
+        while last_step(killed) < at and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(choose.random() * 0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert last_step(killed) < 300
+    subprocess.run(command(corpus, killed), check=True, env=environment(), capture_output=True)
+    assert record(killed) == record(unbroken)
+    ours, theirs = final_state(corpus, killed), final_state(corpus, unbroken)
+    assert int(ours.step) == 300
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -55,13 +55,15 @@ class DataConfig:
     num_buckets: int = 4  # static shapes, that is: compilations
     min_seconds: float = 0.1
     max_seconds: float = 30.0
+    max_characters_per_second: float = 50.0  # text beyond is none that was spoken; audio under 1 s counts as 1 s
     num_workers: int = 0  # processes that read and decode; 0 reads in threads of the main process
     num_threads: int = 2  # that read when num_workers is 0
     prefetch: int = 4  # batches read ahead; each worker process holds at least 4
 
     def validate(self) -> None:
         """Raises UserError for values no plan can be made from."""
-        for name in ("batch_seconds", "batch_multiple", "num_buckets", "max_seconds", "num_threads", "prefetch"):
+        positive = "batch_seconds batch_multiple num_buckets max_seconds max_characters_per_second num_threads prefetch"
+        for name in positive.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"data.{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.min_seconds < self.max_seconds:
@@ -128,16 +130,45 @@ class TrainConfig:
         for name in ("num_steps", "log_every", "evaluate_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: must lie in 0 … 2³² - 1")
         if self.evaluate_utterances < 0:
             raise UserError(f"evaluate_utterances={self.evaluate_utterances}: must be 0 (all) or more")
 
 
 def validate(config: Any) -> None:
-    """Refuses infinite and NaN numbers, then runs `validate()` of the config and of every config in it; UserError."""
+    """Refuses values of a wrong type and numbers that are not finite, then runs every `validate()`; UserError."""
+    _check_types(config)
     for key, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value}: must be a finite number")
     _validate_all(config)
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if not _is_of_type(value, hint):
+            expected = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+            raise UserError(f"{prefix}{field.name}={value!r}: expected {expected}, got {type(value).__name__}")
+        if dataclasses.is_dataclass(value):
+            _check_types(value, f"{prefix}{field.name}.")
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of_type(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(item, args[0]) for item in value)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def _validate_all(config: Any) -> None:

@@ -119,12 +119,44 @@ def test_format_prints_every_leaf():
         ("model.rate=-1e400", "model.rate=-inf: must be a finite number"),
         ("num_steps=0", "num_steps=0"),
         ("evaluate_utterances=-1", "evaluate_utterances=-1"),
+        ("data.max_characters_per_second=0", "data.max_characters_per_second=0.0: must be positive"),
+        ("seed=-1", "seed=-1: must lie in 0"),
+        ("seed=99999999999999999999999", "seed=9+: must lie in 0"),
     ],
 )
 def test_validate_reaches_every_level(assignment, message):
     c.validate(make())
     with pytest.raises(c.UserError, match=message):
         c.validate(c.override(make(), [assignment]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_steps", "5", "num_steps='5': expected int, got str"),
+        ("num_steps", True, "num_steps=True: expected int, got bool"),
+        ("seed", 1.5, "seed=1.5: expected int, got float"),
+        ("mesh", None, "mesh=None: expected MeshConfig, got NoneType"),
+        ("compute_dtype", "float64", "compute_dtype='float64': expected .*bfloat16.*, got str"),
+        ("optimizer.learning_rate", "high", "optimizer.learning_rate='high': expected float"),
+        ("model.sizes", (1, "x"), r"model.sizes=\(1, 'x'\): expected tuple\[int, ...\], got tuple"),
+        ("model.path", 3, r"model.path=3: expected str \| None, got int"),
+    ],
+)
+def test_values_of_a_wrong_type_in_a_file_are_named(key, value, message):
+    config = make()
+    *groups, name = key.split(".")
+    place = dataclasses.replace(getattr(config, groups[0])) if groups else config
+    object.__setattr__(place, name, value)  # past beartype, which watches the constructor in tests alone
+    if groups:
+        config = dataclasses.replace(config, **{groups[0]: place})
+    with pytest.raises(c.UserError, match=message):
+        c.validate(config)
+
+
+def test_an_int_will_do_for_a_float():
+    config = dataclasses.replace(make(), model=Model(rate=1))
+    assert c.validate(config) is None
 
 
 def test_load_config_names_what_is_missing(tmp_path):
@@ -138,6 +170,17 @@ def test_load_config_names_what_is_missing(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:")
     with pytest.raises(c.UserError, match=r"broken\.py:1"):
         c.load_config(str(tmp_path / "broken.py"))
+
+
+def test_a_file_may_start_from_a_preset(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import dataclasses\nfrom cv2jax.config import load_config\n"
+        "def get_config():\n"
+        "    return dataclasses.replace(load_config('speech_tokenizer_tiny'), name='mine', num_steps=3)\n"
+    )
+    got = c.load_config(str(path))
+    assert (got.name, got.num_steps, got.model) == ("mine", 3, c.load_config("speech_tokenizer_tiny").model)
 
 
 def test_load_config_from_a_file(tmp_path):

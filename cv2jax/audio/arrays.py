@@ -23,6 +23,8 @@ def matmul(xp: ModuleType, left: Any, right: Any) -> Any:
 
 
 def as_float(xp: ModuleType, array: Any) -> Any:
-    """Return `array` as float32; float64 stays as it is, half precisions are widened."""
+    """Return `array` as float32; float64 stays as it is, half precisions are widened, integers are a TypeError."""
     array = xp.asarray(array)
+    if array.dtype.kind in "biu":
+        raise TypeError(f"audio must be floating point in [-1, 1], not {array.dtype}; divide 16-bit samples by 32768")
     return array if array.dtype == np.float64 else array.astype(np.float32)

@@ -27,6 +27,7 @@ class ByteStream(Protocol):
 
 AudioSource = str | Path | bytes | ByteStream
 MIN_RATE_HZ = 8000
+MAX_RATE_HZ = 768_000  # of the fastest converters: a header that states more is wrong
 
 _FULL_SCALE = 32767 / 32768  # the loudest positive 16-bit sample
 _CLIPPED_SHARE = 1e-3
@@ -109,12 +110,14 @@ def read_audio(source: AudioSource) -> AudioClip:
 def check_audio(clip: AudioClip) -> tuple[AudioWarning, ...]:
     """Refuse what cannot be used and return warnings for what can but is odd.
 
-    Raises UserError for a clip without samples, with NaN or infinite samples, or below 8 kHz. Warns of clipping (over
-    0.1 % of samples at full scale), overload (a peak above 1), silence (peak under -50 dBFS or RMS under -70 dBFS) and
-    clips shorter than 0.1 s, and MP3s that lack over 5 % of the length they state.
+    Raises UserError for a clip without samples, with NaN or infinite samples, below 8 kHz or above 768 kHz. Warns of
+    clipping (over 0.1 % of samples at full scale), overload (a peak above 1), silence (peak under -50 dBFS or RMS under
+    -70 dBFS) and clips shorter than 0.1 s, and MP3s that lack over 5 % of the length they state.
     """
     if clip.rate_hz < MIN_RATE_HZ:
         raise UserError(f"{clip.name}: sampled at {clip.rate_hz} Hz; at least {MIN_RATE_HZ} Hz is needed")
+    if clip.rate_hz > MAX_RATE_HZ:
+        raise UserError(f"{clip.name}: states {clip.rate_hz} Hz; at most {MAX_RATE_HZ} Hz is real, mend its header")
     if len(clip.waveform) == 0:
         raise UserError(f"{clip.name}: holds no samples; remove it from the list or record it again")
     if not (np.isfinite(clip.peak) and np.isfinite(clip.waveform).all()):

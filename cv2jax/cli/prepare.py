@@ -4,9 +4,10 @@ MANIFEST is a JSONL file, one utterance a line: id, audio, text (may be null), s
 instruct. Audio paths are absolute, relative to the manifest, or `archive.tar::member`. OUT becomes a corpus that
 `cv2jax train` reads: OUT/shards, OUT/index.json, and OUT/report.md with what was refused and why.
 
-Killed at any moment, the same command resumes; run again, it does nothing, or redoes just what changed in the manifest
-or among the audio files. The result does not depend on the number of workers. Bad utterances are refused, counted and
-listed; with --strict the first one stops the run (exit code 2).
+Killed at any moment, the same command resumes; run again, it does nothing, or redoes just the shards whose lines or
+audio files changed (lines appended to a manifest cost little, a line in its middle moves all behind it). The result
+does not depend on the number of workers. Bad utterances are refused, counted and listed; with --strict the first one
+stops the run (exit code 2).
 
   cv2jax prepare corpus/manifest.jsonl prepared
   cv2jax prepare manifest.jsonl prepared --workers 16 --encoding pcm16 --strict
@@ -26,7 +27,12 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("encoding", "flac", "flac (lossless, half the size) or pcm16.", flag_values=flags)
     define.DEFINE_integer("workers", 0, "Processes; 0 takes one a core.", flag_values=flags)
     define.DEFINE_integer("shard_utterances", 0, "Utterances of a shard; 0 chooses 8 to 2048.", flag_values=flags)
-    define.DEFINE_string("vocabulary", None, "JSON list of characters that text must keep to.", flag_values=flags)
+    define.DEFINE_string(
+        "vocabulary",
+        None,
+        "JSON list of characters text must keep to, or a run.json.",
+        flag_values=flags,
+    )
     define.DEFINE_boolean("strict", False, "Stop at the first bad utterance.", flag_values=flags)
     define.DEFINE_boolean("verify", False, "Hash the finished shards, redo the damaged ones.", flag_values=flags)
 

@@ -82,6 +82,8 @@ def parse_utterance(line: bytes) -> Utterance:
             raise ValueError(f'field "{field}" must be a string{nullable}, is {json.dumps(value)[:40]}')
         if not value and field not in ("text", "instruct"):
             raise ValueError(f'field "{field}" is empty')
+        if not _is_unicode(value):
+            raise ValueError(f'field "{field}" holds half of a surrogate pair: {json.dumps(value)[:40]}')
     if not _SPLIT_NAME.fullmatch(values["split"]):
         raise ValueError(f'split "{values["split"]}" must be letters, digits, "_", "-" or "." (it names files)')
     return Utterance(instruct=values.get("instruct"), **{field: values[field] for field in _FIELDS})
@@ -94,6 +96,8 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         raise ValueError("not UTF-8 text") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not JSON of a manifest (nested too deep)") from None
     if not isinstance(values, dict):
         raise ValueError(f"not a JSON object: {line.decode('utf-8').strip()[:40]}")
     return values
@@ -151,7 +155,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Iterator[Utterance]:
 
 
 def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]) -> int:
-    """Writes a manifest (all or nothing) and returns the number of lines."""
+    """Writes a manifest (all or nothing) and returns the number of lines; UserError for text that no file can hold."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -162,6 +166,9 @@ def write_manifest(path: str | os.PathLike[str], utterances: Iterable[Utterance]
                 values: dict[str, Any] = dataclasses.asdict(utterance)
                 if utterance.instruct is None:
                     del values["instruct"]
+                broken = [name for name, value in values.items() if value is not None and not _is_unicode(value)]
+                if broken:
+                    raise UserError(f"{path}: utterance {utterance.id!a}: {broken[0]} holds half of a surrogate pair")
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
                 count += 1
         os.replace(temporary, path)
@@ -203,7 +210,12 @@ def _find_id(line: bytes) -> str | None:
         found = _parse_object(line).get("id")
     except ValueError:
         return None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and _is_unicode(found) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """False where JSON's escapes left half of a surrogate pair (an emoji cut in two), which no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _find_duplicates(path: pathlib.Path, digests: np.ndarray, columns: dict[str, np.ndarray]) -> dict[int, Refusal]:

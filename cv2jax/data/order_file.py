@@ -43,7 +43,7 @@ class _Chunk(NamedTuple):
     samples: np.ndarray
     text: np.ndarray
     bins: np.ndarray  # length in whole speech tokens, rounded up; 0 where left out
-    reason: np.ndarray  # 0 kept, 1 too short, 2 too long, 3 without text
+    reason: np.ndarray  # 0 kept, 1 too short, 2 too long, 3 without text, 4 too much text
 
 
 class LengthColumns:
@@ -57,9 +57,11 @@ class LengthColumns:
         rate_hz: int,
         min_seconds: float,
         max_seconds: float,
+        max_characters_per_second: float,
         require_text: bool,
     ) -> None:
         self._columns = num_samples, text_lengths
+        self._rate_hz, self._max_characters = rate_hz, max_characters_per_second
         self._min_samples = max(1, int(np.ceil(min_seconds * rate_hz)))
         self._max_samples = int(max_seconds * rate_hz)
         self._require_text = require_text
@@ -72,6 +74,9 @@ class LengthColumns:
             reason = (samples < self._min_samples) + np.uint8(2) * (samples > self._max_samples)
             if self._require_text:
                 reason = np.where((reason == 0) & (text <= 0), np.uint8(3), reason)
+            # One such text would set the shape of its whole bucket, and with it the memory of a step.
+            crowded = text > self._max_characters / self._rate_hz * np.maximum(samples, self._rate_hz)
+            reason = np.where((reason == 0) & crowded, np.uint8(4), reason)
             yield _Chunk(start, samples, text, np.where(reason == 0, -(-samples // self.bin_samples), 0), reason)
 
 
@@ -82,11 +87,12 @@ class LeftOut:
     num_too_short: int
     num_too_long: int
     num_without_text: int
+    num_with_too_much_text: int
 
     def __str__(self) -> str:
         return (
             f"left out: {self.num_too_short} too short, {self.num_too_long} too long,"
-            f" {self.num_without_text} without text"
+            f" {self.num_without_text} without text, {self.num_with_too_much_text} with too much text"
         )
 
 
@@ -103,12 +109,12 @@ class Survey:
 def survey_lengths(columns: LengthColumns) -> Survey:
     """Reads the columns once, chunk by chunk."""
     num_utterances, max_text = np.zeros((2, columns.num_bins), np.int64)
-    reasons, num_samples = np.zeros(4, np.int64), 0
+    reasons, num_samples = np.zeros(5, np.int64), 0
     for chunk in columns:
         kept = chunk.reason == 0
         num_utterances += np.bincount(chunk.bins[kept], minlength=columns.num_bins)
         np.maximum.at(max_text, chunk.bins, chunk.text)  # bin 0 gathers what is left out; nobody asks for it
-        reasons += np.bincount(chunk.reason, minlength=4)
+        reasons += np.bincount(chunk.reason, minlength=5)
         num_samples += int(chunk.samples[kept].sum(dtype=np.int64))
     left_out = LeftOut(*reasons[1:].tolist())
     return Survey(num_utterances=num_utterances, max_text=max_text, num_samples=num_samples, left_out=left_out)

@@ -143,13 +143,15 @@ def make_plan(
     num_buckets: int,
     min_seconds: float,
     max_seconds: float = 30.0,
+    max_characters_per_second: float = 50.0,
     require_text: bool,
     cache_dir: str | os.PathLike[str] | None = None,
     name: str = "",
 ) -> Plan:
     """Plans buckets and order from the length columns of a split (memory-mapped, of any size; two passes in chunks).
 
-    `text_lengths` are the most text tokens a row can encode to, 0 without text. The order file goes to `cache_dir`
+    `text_lengths` are the most text tokens a row can encode to, 0 without text; rows with more than
+    `max_characters_per_second` of them are left out (audio under 1 s counts as 1 s). The order file goes to `cache_dir`
     (which must be on this host, and is the caller's to clean), or to a directory of this user under TMPDIR, where equal
     plans share one file. Raises UserError (which says `name`, that of the split) where no utterance is left, where the
     rate has no whole number of samples in 40 ms, and where the file cannot be written.
@@ -170,6 +172,7 @@ def make_plan(
         rate_hz=rate_hz,
         min_seconds=min_seconds,
         max_seconds=max_seconds,
+        max_characters_per_second=max_characters_per_second,
         require_text=require_text,
     )
     survey = survey_lengths(columns)
@@ -206,6 +209,7 @@ def _nothing_left(name: str, num_rows: int, left_out: LeftOut, min_seconds: floa
         (left_out.num_too_short, f"lower data.min_seconds={min_seconds:g}"),
         (left_out.num_too_long, f"raise data.max_seconds={max_seconds:g}"),
         (left_out.num_without_text, "prepare it with transcripts"),
+        (left_out.num_with_too_much_text, "check its texts, or raise data.max_characters_per_second"),
         (not num_rows, "prepare a corpus whose split has some"),
     ]
     split = f"split {name}: " if name else ""

@@ -26,6 +26,7 @@ from cv2jax.data.shards import FORMAT_VERSION, Record, ShardSummary, ShardWriter
 from cv2jax.text.characters import normalize_transcript
 
 LONG_SECONDS = 30.0  # the speech tokenizer's longest input in one piece; the loader leaves longer utterances out
+FAST_CHARACTERS_PER_SECOND = 50.0  # nobody speaks so fast: the text is of something else; training leaves it out too
 _MAX_SAMPLES = 2**31 - 1  # columns are int32
 
 
@@ -245,6 +246,9 @@ def make_record(utterance: Utterance, directory: str, options: PrepareOptions) -
     except (UserError, OSError, ValueError) as error:
         # The report goes along with the corpus: it names files as the manifest does.
         raise UserError(str(error).replace(os.path.join(directory, ""), "", 1)) from None
+    num_characters = len(normalize_transcript(utterance.text or ""))
+    if num_characters > FAST_CHARACTERS_PER_SECOND * max(clip.seconds, 1.0):
+        remarks.append(f"text: {num_characters} characters in {clip.seconds:.1f} s are more than anybody speaks")
     if clip.seconds > LONG_SECONDS:
         remarks.append(f"long: {clip.seconds:.1f} s is more than training takes ({LONG_SECONDS:.0f} s)")
     waveform = to_int16(convert_rate(clip, options.rate_hz))

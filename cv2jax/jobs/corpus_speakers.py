@@ -40,10 +40,8 @@ def list_speakers(language: str, num_voices: int, seed: int) -> list[Speaker]:
     The voices that a recogniser understands come first and are never jittered. After the last variant the list starts
     again with another jitter ("en-f2-2").
     """
-    fewest = len(UNDERSTOOD_VARIANTS) if language == "en" else 1
-    if not fewest <= num_voices <= MAX_VOICES:
-        why = f" (English always speaks as {', '.join(UNDERSTOOD_VARIANTS)})" if language == "en" else ""
-        raise UserError(f"--voices {num_voices}: give {fewest} to {MAX_VOICES} voices for {language}{why}")
+    if not 1 <= num_voices <= MAX_VOICES:
+        raise UserError(f"--voices {num_voices}: give 1 to {MAX_VOICES} voices for {language}")
     speakers = []
     for i in range(num_voices):
         lap, index = divmod(i, len(_VARIANTS))

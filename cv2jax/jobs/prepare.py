@@ -74,8 +74,9 @@ def prepare(
     """Makes the corpus `out` from `manifest`; bad utterances are refused and reported, the others kept.
 
     `workers` 0 takes every core, `shard_utterances` 0 a size by the number of utterances. `vocabulary` is a JSON list
-    of characters that normalised text must keep to. `strict` stops at the first bad utterance, `verify` hashes the
-    shards that would be kept. The bytes written depend on manifest, audio and options alone, not on `workers` or kills.
+    of characters that normalised text must keep to, or a run.json, which holds one. `strict` stops at the first bad
+    utterance, `verify` hashes the shards that would be kept. The bytes written depend on manifest, audio and options
+    alone, not on `workers` or kills.
     Raises UserError, with what was finished kept, for options, files and splits that nothing can be made from.
     """
     start = time.monotonic()
@@ -132,6 +133,8 @@ def _load_vocabulary(path: str | os.PathLike[str] | None) -> frozenset[str] | No
         raise UserError(f"vocabulary {path}: cannot read it ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"vocabulary {path}: not JSON ({error}); expected a list of characters") from None
+    if isinstance(values, dict) and isinstance(values.get("facts"), dict):  # of `cv2jax train`
+        values = values["facts"].get("vocabulary")
     return frozenset(CharacterVocabulary.from_json(values, str(path)).characters)
 
 

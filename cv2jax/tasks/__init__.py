@@ -8,8 +8,12 @@ from cv2jax.config import TrainConfig, UserError
 
 
 def make_task(config: TrainConfig) -> Any:
-    """The task a config names, as the loop's `Task`; UserError for a name without a file."""
+    """The task a config names, as the loop's `Task`; UserError for a name without a file, or another task's model."""
     known = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("*.py") if p.stem != "__init__")
     if config.task not in known:
         raise UserError(f"task='{config.task}' is unknown; choose one of {', '.join(known)}")
-    return importlib.import_module(f"cv2jax.tasks.{config.task}").make_task(config)
+    module = importlib.import_module(f"cv2jax.tasks.{config.task}")
+    if not isinstance(config.model, module.MODEL_CONFIG):
+        given, wanted = type(config.model).__name__, module.MODEL_CONFIG.__name__
+        raise UserError(f"model is a {given}, and task='{config.task}' needs a {wanted}; give one in the config file")
+    return module.make_task(config)

@@ -20,6 +20,12 @@ def test_half_precision_is_widened(xp):
     assert as_float(np, np.zeros(2)).dtype == np.float64
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_integers_are_no_audio(xp):
+    with pytest.raises(TypeError, match="not int16; divide 16-bit samples by 32768"):
+        as_float(xp, xp.zeros(2, dtype=np.int16))
+
+
 def test_matmul_asks_for_full_precision():
     left, right = np.eye(3, dtype=np.float32), np.arange(6, dtype=np.float32).reshape(3, 2)
     np.testing.assert_array_equal(matmul(np, left, right), right)

@@ -148,6 +148,8 @@ def test_cut_mp3_is_a_warning():
         (np.array([0.1, np.inf, 0.2] * 900, np.float32), 24000, "NaN or infinite"),
         (np.array([[0.1, -np.inf]] * 900, np.float32), 24000, "NaN or infinite"),
         (tone(rate_hz=7999), 7999, "7999 Hz; at least 8000 Hz"),
+        (tone(), 768_001, "states 768001 Hz; at most 768000 Hz is real"),
+        (tone(), 2_147_483_647, "at most 768000 Hz is real"),
     ],
 )
 def test_unusable_audio(tmp_path, samples, rate_hz, message):

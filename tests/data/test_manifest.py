@@ -32,6 +32,12 @@ def test_a_failing_source_leaves_no_manifest(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_text_that_no_file_can_hold_is_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"utterance 'a': text holds half of a surrogate pair"):
+        write_manifest(tmp_path / "m.jsonl", [Utterance(**GOOD | {"text": "\ud83d"})])
+    assert not list(tmp_path.iterdir())
+
+
 def test_scan_finds_lines_across_blanks_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "m.jsonl"
     lines = [json.dumps({**GOOD, "id": name, "split": split, "extra": [1]}) for name, split in ("ax", "by", "cx")]
@@ -57,6 +63,11 @@ def test_scan_finds_lines_across_blanks_and_a_byte_order_mark(tmp_path):
         ({**GOOD, "instruct": 1}, 'field "instruct" must be a string or null'),
         ({**GOOD, "split": ""}, 'field "split" is empty'),
         ({**GOOD, "split": "../up"}, "names files"),
+        *(
+            (json.dumps({**GOOD, "id": "c", field: "x\ud83d"}), f'field "{field}" holds half of a surrogate pair')
+            for field in (*GOOD, "instruct")
+        ),
+        ('{"id": ' + 100_000 * "[", "nested too deep"),
         (GOOD, r'duplicate id "a" \(first on line 1\)'),
     ],
 )

@@ -132,12 +132,23 @@ def test_left_out_rows_are_counted_and_never_shown() -> None:
     num_samples = np.array([100, 1600, 16_000, 480_000, 480_001, 0, 8000], np.int32)
     text = np.array([5, 5, 0, 5, 5, 5, 9], np.int32)
     plan = plan_of(num_samples, text, require_text=True, batch_multiple=1)
-    assert plan.stats.left_out == LeftOut(num_too_short=2, num_too_long=1, num_without_text=1)
+    assert plan.stats.left_out == LeftOut(num_too_short=2, num_too_long=1, num_without_text=1, num_with_too_much_text=0)
     assert plan.stats.num_utterances == 3
     assert {row for rows in epoch_rows(plan, 0) for row in rows.tolist()} == {1, 3, 6}
     assert "2 too short, 1 too long, 1 without text" in plan.table()
     assert plan_of(num_samples, text, require_text=False, batch_multiple=1).stats.num_utterances == 4
     assert max(bucket.num_text for bucket in plan.buckets) == 16
+
+
+def test_text_that_nobody_can_have_spoken_is_left_out_and_shapes_nothing() -> None:
+    num_samples = np.array([8000, 8000, 32_000, 32_000], np.int32)  # half a second counts as one
+    text = np.array([50, 51, 100, 100_000], np.int32)
+    plan = plan_of(num_samples, text, batch_multiple=1)
+    assert plan.stats.left_out.num_with_too_much_text == 2
+    assert sorted({row for rows in epoch_rows(plan, 0) for row in rows.tolist()}) == [0, 2]
+    assert max(bucket.num_text for bucket in plan.buckets) == 104
+    with pytest.raises(UserError, match=r"4 with too much text\): check its texts, or raise data.max_characters"):
+        plan_of(num_samples, text, max_characters_per_second=0.5)
 
 
 def test_padding_share_counts_the_zeros() -> None:
@@ -157,7 +168,10 @@ def test_padding_share_counts_the_zeros() -> None:
             r"^split test: no utterance of 999 .*999 too short.*\): lower data\.min_seconds=29\.5$",
         ),
         ({"max_seconds": 0.15}, r"999 too long.*\): raise data\.max_seconds=0\.15$"),
-        ({"require_text": True}, r"^no utterance of 999 is left.*999 without text\): prepare it with transcripts$"),
+        (
+            {"require_text": True},
+            r"^no utterance of 999 is left.*999 without text, 0 .*\): prepare it with transcripts$",
+        ),
         ({"rate_hz": 16_010}, "40 ms"),
         ({"num_buckets": 0}, "buckets"),
     ],

@@ -221,7 +221,7 @@ def test_broken_write_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monk
         ({"languages": ("en", "xx")}, "--languages 'xx': choose from en,cmn,ja,ko"),
         ({"languages": ("en", "en")}, "--languages 'en,en'"),
         ({"languages": ()}, "--languages ''"),
-        ({"num_voices": 4}, "--voices 4: give 5 to .* for en"),
+        ({"num_voices": -1}, "--voices -1: give 1 to .* for en"),
         ({"num_voices": 0, "languages": ("ja",)}, "--voices 0: give 1 to"),
         ({"num_voices": 100_000}, "--voices 100000"),
         ({"hours": 0.001}, "cannot hold 5 voices; give at least 0.0037 hours"),

@@ -16,6 +16,7 @@ from cv2jax.cli.main import run
 from cv2jax.config import UserError
 from cv2jax.data.shards import Corpus
 from cv2jax.jobs.prepare import prepare
+from cv2jax.text.characters import normalize_transcript
 from tests.data.speech_files import make_lines, make_waveform, write_lines, write_speech
 
 
@@ -215,17 +216,20 @@ def test_channels_are_averaged_and_oddities_are_warnings(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.clip(left * 5, -1, 1), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     soundfile.write(tmp_path / "long.wav", np.tile(left, 31), 8000)
+    soundfile.write(tmp_path / "crowded.wav", left, 16000)  # half a second
     names = ("stereo.flac", "loud.wav", "silent.wav", "long.wav")
     fields = {"speaker": "s", "language": "en", "split": "train"}
     lines = [{"id": name, "audio": name, "text": "...", **fields} for name in names]
+    lines.append({"id": "crowded.wav", "audio": "crowded.wav", "text": 51 * "a", **fields})
     result = prepare(write_lines(tmp_path / "m.jsonl", lines), tmp_path / "out", encoding="pcm16", workers=1)
-    assert (result.num_utterances, result.num_refused) == (4, 0)
+    assert (result.num_utterances, result.num_refused) == (5, 0)
     stereo = Corpus(tmp_path / "out").split("train").read(0)
     np.testing.assert_allclose(stereo.waveform / 32768, (left + right) / 2, atol=4e-5)
     warnings = json.loads((tmp_path / "out/report.json").read_text())["warnings"]
     said = {(row["id"], row["warning"].split(":")[0]) for row in warnings}
     odd = {("loud.wav", "clipping"), ("silent.wav", "silence"), ("long.wav", "long")}
-    assert said == odd | {(name, "text") for name in names}
+    assert said == odd | {(name, "text") for name in (*names, "crowded.wav")}
+    assert warnings[-1]["warning"] == "text: 51 characters in 0.5 s are more than anybody speaks"
 
 
 def test_mistakes_are_named(speech, tmp_path):
@@ -244,6 +248,18 @@ def test_mistakes_are_named(speech, tmp_path):
     with pytest.raises(UserError, match=r"holds other files"):
         prepare(speech, speech.parent)
     assert run(["prepare", "one"]) == 2
+
+
+def test_the_vocabulary_of_a_run_is_one(tmp_path):
+    lines = make_lines(tmp_path, 8)
+    characters = sorted(set("".join(normalize_transcript(line["text"] or "") for line in lines)))
+    (tmp_path / "run.json").write_text(json.dumps({"facts": {"vocabulary": characters}}))
+    lines[3]["text"] += " ñ"
+    manifest = write_lines(tmp_path / "m.jsonl", lines)
+    assert prepare(manifest, tmp_path / "out", vocabulary=tmp_path / "run.json", workers=1).num_refused == 1
+    (tmp_path / "run.json").write_text(json.dumps({"facts": {}}))
+    with pytest.raises(UserError, match=r"run.json: expected a JSON list"):
+        prepare(manifest, tmp_path / "out", vocabulary=tmp_path / "run.json")
 
 
 def test_two_runs_do_not_share_a_directory(speech, tmp_path):

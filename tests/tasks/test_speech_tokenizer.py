@@ -177,6 +177,15 @@ def test_a_silent_utterance_and_one_shorter_than_its_text_do_not_break_a_step(tm
     assert np.isfinite([x for x, _ in got]).all()
 
 
+def test_one_overlong_text_shapes_neither_batches_nor_model(tmp_path):
+    rows = list(make_rows("ab"))
+    rows[0] = dataclasses.replace(rows[0], text=5000 * "a")
+    write_corpus(tmp_path / "c", {"train": rows, "test": rows[:4]}, rate_hz=16000, encoding="pcm16", shard_utterances=8)
+    task = make_task(small_config(tmp_path / "c", "model.max_text_tokens=8"))
+    assert {spec["text_tokens"].shape for spec in task.batch_specs()} == {(8, 8)}
+    assert task.model_config.max_text_tokens == 8
+
+
 def test_a_corpus_is_asked_for(tmp_path):
     with pytest.raises(UserError, match="--corpus DIR"):
         make_task(load_config("speech_tokenizer_tiny"))
@@ -186,6 +195,10 @@ def test_an_unknown_task_and_an_unknown_split_are_named(corpus, tmp_path):
     config = small_config(corpus)
     with pytest.raises(UserError, match="task='vocoder' is unknown"):
         make_task(dataclasses.replace(config, task="vocoder"))
+    with pytest.raises(
+        UserError, match="model is a MeshConfig, and task='speech_tokenizer' needs a SpeechTokenizerConfig"
+    ):
+        make_task(dataclasses.replace(config, model=MeshConfig()))
     with pytest.raises(UserError, match="dev"):
         make_task(override(config, ["data.eval_split=dev"]))
 

@@ -1,0 +1,116 @@
+"""The batches of a run on a prepared corpus, to train on and to judge by: what every stage that reads audio shares."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from cv2jax.config import TrainConfig, UserError
+from cv2jax.data.batch import Batch, EncodeText, batch_spec
+from cv2jax.data.loader import make_evaluation_batches, make_loader
+from cv2jax.data.plan import Plan, make_plan
+from cv2jax.data.shards import Corpus, Split
+from cv2jax.data.subset import SplitSubset, spread_rows
+from cv2jax.parallel.distributed import local_rows
+
+BatchShape = dict[str, jax.ShapeDtypeStruct]
+
+
+class CorpusBatches:
+    """Plans of the training split and of the held-out rows that each evaluation looks at, and their loaders.
+
+    Raises UserError for a corpus or split that is not there, and where no utterance is left to plan.
+    """
+
+    def __init__(self, config: TrainConfig, *, require_text: bool) -> None:
+        self._config, self._require_text = config, require_text
+        data = config.data
+        if not data.corpus:
+            raise UserError("data.corpus is not set: give --corpus DIR, a directory written by `cv2jax prepare`")
+        self.corpus = Corpus(data.corpus)
+        self.rate_hz = self.corpus.rate_hz
+        self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
+        self.plan = self._make_plan(self.train, data.num_buckets)
+        self._judged = SplitSubset(self.held_out, spread_rows(len(self.held_out), config.evaluate_utterances))
+        self._judged_plan = self._make_plan(self._judged, min(data.num_buckets, 2))
+        logging.info("training batches of %s\n%s", data.corpus, self.plan.table())
+
+    def _make_plan(self, split: Split | SplitSubset, num_buckets: int) -> Plan:
+        data = self._config.data
+        return make_plan(
+            split.num_samples,
+            split.num_characters,
+            rate_hz=self.rate_hz,
+            seed=self._config.seed,
+            batch_seconds=data.batch_seconds,
+            batch_multiple=data.batch_multiple,
+            num_buckets=num_buckets,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
+            max_characters_per_second=data.max_characters_per_second,
+            require_text=self._require_text,
+            name=split.name,
+        )
+
+    @property
+    def max_text(self) -> int:
+        """The longest text of any batch, of the whole held-out split too: it must not hang on how much of it is judged."""
+        plans = (self.plan, self._make_plan(self.held_out, 1))
+        return max(bucket.num_text for plan in plans for bucket in plan.buckets)
+
+    def sizes(self) -> set[int]:
+        """Rows of the global batches, training and evaluation."""
+        return {bucket.batch_size for plan in (self.plan, self._judged_plan) for bucket in plan.buckets}
+
+    def training_shapes(self) -> list[BatchShape]:
+        """Shapes of the global training batches, one a bucket."""
+        return _shapes(self.plan)
+
+    def held_out_shapes(self) -> list[BatchShape]:
+        """Shapes of the global evaluation batches."""
+        return _shapes(self._judged_plan)
+
+    def training(
+        self, start_step: int, num_steps: int, mesh: Mesh, encode_text: EncodeText
+    ) -> Iterator[tuple[int, int, Batch]]:
+        """(step, rows of the global batch, this process's rows) of steps start_step … num_steps - 1."""
+        data = self._config.data
+        loader = make_loader(
+            self.train,
+            self.plan,
+            encode_text,
+            start_step=start_step,
+            num_steps=num_steps - start_step,
+            rows=self._rows(mesh),
+            num_workers=data.num_workers,
+            num_threads=data.num_threads,
+            prefetch=data.prefetch,
+        )
+        with loader:
+            for step, batch in loader:
+                yield step, self.plan.buckets[self.plan.batch(step)[1]].batch_size, batch
+
+    def judged(self, mesh: Mesh, encode_text: EncodeText) -> Iterator[tuple[int, Batch]]:
+        """(rows of the global batch, this process's rows) of every held-out batch."""
+        with make_evaluation_batches(self._judged, self._judged_plan, encode_text, rows=self._rows(mesh)) as loader:
+            for index, batch in loader:
+                yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch
+
+    def utterance_ids(self, step: int) -> list[str]:
+        """Manifest ids of a step's rows."""
+        return [self.train.read(int(row)).id for row in self.plan.batch(step)[2]]
+
+    def _rows(self, mesh: Mesh) -> Callable[[int], Any]:
+        """Which rows of a batch are ours: a table and not a function of the mesh, as loader processes touch no device."""
+        table: dict[int, np.ndarray] = {size: local_rows(mesh, size) for size in self.sizes()}
+        return table.__getitem__
+
+
+def _shapes(plan: Plan) -> list[BatchShape]:
+    return [
+        {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in batch_spec(bucket).items()}
+        for bucket in plan.buckets
+    ]

@@ -66,7 +66,7 @@ def draw_codebook(evaluations: Sequence[Mapping[str, Any]]) -> bytes:
         bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
     right.set_title("share of each level by FSQ digit", fontsize=10)
     right.set_xlabel("digit")
-    right.legend(loc="lower right")
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which fill the axes
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -28,11 +28,14 @@ def attend(
     num_heads, num_kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_kv_heads} key/value heads do not divide {num_heads} query heads")
-    if num_kv_heads != num_heads:
-        k, v = (jnp.repeat(a, num_heads // num_kv_heads, axis=2) for a in (k, v))
+    # G query heads share a key/value head: an axis of its own, so that keys and values are never repeated in memory.
+    groups = num_heads // num_kv_heads
     scale = head_dim**-0.25
-    logits = jnp.einsum("bthc,bshc->bhts", q * scale, k * scale, preferred_element_type=jnp.float32)
+    grouped = (q * scale).reshape(*q.shape[:2], num_kv_heads, groups, head_dim)
+    logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k * scale, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = logits + jnp.where(mask, 0.0, MASKED_LOGIT)
+        per_head = mask.shape[1] > 1
+        shape = (mask.shape[0], num_kv_heads if per_head else 1, groups if per_head else 1, *mask.shape[2:])
+        logits = logits + jnp.where(mask.reshape(shape), 0.0, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshc->bthc", weights, v)
+    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(q.shape)

@@ -84,6 +84,20 @@ def _variance(x: Float[Array, "... D"]) -> Float[Array, "... 1"]:
     return jnp.var(x.astype(jnp.float32), axis=-1, keepdims=True)
 
 
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a scale and no bias, computed in fp32 (Qwen2, spec/official.md 3.2)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises [..., D]; returns the dtype of x."""
+        scale = self.param("scale", partitioned(nn.initializers.ones, ("norm",)), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
+
+
 class Embedding(nn.Module):
     """A token table with a tied output projection.
 
@@ -129,6 +143,27 @@ class FeedForward(nn.Module):
         h = Linear((self.width, self.hidden_dim), ("embed", "mlp"), dtype=self.dtype, name="up")(x)
         h = constrain(gelu(h), "batch", "length", "act_mlp")
         return Linear((self.hidden_dim, self.width), ("mlp", "embed"), dtype=self.dtype, name="down")(h)
+
+
+class GatedFeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)) without biases: the SwiGLU MLP of Llama and Qwen2.
+
+    Attributes:
+      width: D. hidden_dim: size of gate and up. dtype: computation dtype.
+    """
+
+    width: int
+    hidden_dim: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Maps [B, T, D] to [B, T, D]."""
+        options = {"use_bias": False, "dtype": self.dtype}
+        gate = Linear((self.width, self.hidden_dim), ("embed", "mlp"), name="gate", **options)(x)
+        up = Linear((self.width, self.hidden_dim), ("embed", "mlp"), name="up", **options)(x)
+        h = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
+        return Linear((self.hidden_dim, self.width), ("mlp", "embed"), name="down", **options)(h)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -92,7 +92,7 @@ def _damage_reported(place: pathlib.Path) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, KeyboardInterrupt | MemoryError) or "RESOURCE_EXHAUSTED" in str(cause):
             raise cause from None
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0].split(". See full")[0][:120]
         raise UserError(
             f"checkpoint {place} is damaged ({reason}); remove that folder and give the same command: "
             "it goes on from the one before"

@@ -57,6 +57,22 @@ def test_grouped_query_heads_share_keys(qkv):
     np.testing.assert_allclose(grouped, definition(q, k[:, :, pairs], v[:, :, pairs]), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_grouped_heads_under_a_mask_of_one_head_or_of_all(qkv, num_heads):
+    q, k, v = qkv
+    mask = np.random.default_rng(0).random((2, num_heads, 5, 7)) < 0.7
+    mask[..., 0] = True
+    pairs = np.array([0, 0, 1, 1])
+    grouped = attend(q, k[:, :, :2], v[:, :, :2], mask=jnp.asarray(mask))
+    np.testing.assert_allclose(grouped, definition(q, k[:, :, pairs], v[:, :, pairs], mask), atol=1e-5)
+
+
+def test_keys_of_a_group_are_never_repeated_in_memory():
+    q, k = jnp.zeros((1, 3, 8, 4)), jnp.zeros((1, 50, 2, 4))
+    shapes = str(jax.make_jaxpr(attend)(q, k, k))
+    assert "50,8,4" not in shapes
+
+
 def test_a_row_without_any_key_is_finite_with_finite_gradients(qkv):
     q, k, v = qkv
     mask = jnp.zeros((2, 1, 1, 7), bool)

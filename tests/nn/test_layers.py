@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv2jax.nn.layers import Embedding, FeedForward, LayerNorm, Linear, gelu
+from cv2jax.nn.layers import Embedding, FeedForward, GatedFeedForward, LayerNorm, Linear, RmsNorm, gelu
 from cv2jax.parallel.sharding import RULES
 
 
@@ -25,6 +25,30 @@ def randomize(params, seed=9):
     leaves, tree = jax.tree.flatten(nn.unbox(params))
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32) for leaf in leaves])
+
+
+def test_rms_norm_has_a_scale_alone_and_computes_in_float32():
+    x = draw(2, 5, 8)
+    params = randomize(RmsNorm().init(jax.random.key(0), x))
+    want = x / np.sqrt((np.asarray(x) ** 2).mean(-1, keepdims=True) + 1e-6) * params["params"]["scale"]
+    np.testing.assert_allclose(RmsNorm().apply(params, x), want, atol=1e-5)
+    assert set(params["params"]) == {"scale"}
+    # Squares of 300 overflow nothing and round little, in bf16 too: they are taken in fp32.
+    large = RmsNorm().apply(params, (300 * x).astype(jnp.bfloat16))
+    assert large.dtype == jnp.bfloat16
+    np.testing.assert_allclose(large.astype(jnp.float32), want, atol=0.03)
+
+
+def test_gated_feed_forward_is_swiglu_without_biases():
+    x = draw(2, 5, 8)
+    layer = GatedFeedForward(8, 12)
+    params = randomize(layer.init(jax.random.key(0), x))
+    kernels = {name: np.asarray(p["kernel"]) for name, p in params["params"].items()}
+    assert sorted(params["params"]) == ["down", "gate", "up"]
+    assert all(set(p) == {"kernel"} for p in params["params"].values())
+    gate = x @ kernels["gate"]
+    want = (gate / (1 + np.exp(-gate)) * (x @ kernels["up"])) @ kernels["down"]
+    np.testing.assert_allclose(layer.apply(params, x), want, atol=1e-5)
 
 
 def test_linear_contracts_the_last_axes():

@@ -1,0 +1,1 @@
+"""The text-speech language model."""

@@ -41,15 +41,17 @@ def main(args: list[str], values: flags.FlagValues) -> int:
     config = override(load_config(args[0]), assignments)
     validate(config)
 
-    from cv2jax.parallel.distributed import initialize
+    from cv2jax.train.stop import StopSignal
 
-    initialize(values.coordinator, values.num_processes, values.process_id)
-    import jax
+    with StopSignal() as stop:  # before imports and plans that take seconds: a preemption may come in them too
+        from cv2jax.parallel.distributed import initialize
 
-    if jax.process_index():
-        logging.set_verbosity(logging.WARNING)  # config and metrics are told once, by the first process
-    from cv2jax.tasks import make_task
-    from cv2jax.train.loop import train
+        initialize(values.coordinator, values.num_processes, values.process_id)
+        import jax
 
-    workdir = pathlib.Path(values.workdir)
-    return train(make_task(config), config, workdir)
+        if jax.process_index():
+            logging.set_verbosity(logging.WARNING)  # config and metrics are told once, by the first process
+        from cv2jax.tasks import make_task
+        from cv2jax.train.loop import train
+
+        return train(make_task(config), config, pathlib.Path(values.workdir), stop)

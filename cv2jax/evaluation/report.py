@@ -36,7 +36,7 @@ def training_page(
     parts = [f"<h1>{html.escape(title)}</h1>", _table(("", ""), summary.items())]
     parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     parts += ["<h2>Curves</h2>", _image(curves_png, "training and held-out curves")]
-    if last.get("digit_histogram"):
+    if last.get("codes_used"):
         parts += ["<h2>Codebook</h2>", _image(draw_codebook(evaluations), "use of the codebook")]
     if last.get("examples"):
         parts.append("<h2>Heard on held-out speech</h2>")
@@ -48,28 +48,34 @@ def training_page(
 
 
 def draw_codebook(evaluations: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: codes used and perplexity over training, and the level shares of each FSQ digit at the end."""
+    """PNG: codes used and perplexity over training, and the level shares of each FSQ digit at the end, if it has digits."""
     steps = [line["step"] for line in evaluations]
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    histogram = evaluations[-1].get("digit_histogram")
+    figure = Figure(figsize=(10 if histogram else 5, 3), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left = figure.add_subplot(1, 2 if histogram else 1, 1)
     left.plot(steps, [line["codes_used"] for line in evaluations], marker=".", label="codes used")
     left.plot(steps, [line["perplexity"] for line in evaluations], marker=".", label="perplexity")
     left.set_xlabel("step")
     left.set_title("codes on held-out speech", fontsize=10)
     left.legend()
-    histogram = evaluations[-1]["digit_histogram"]
-    bottom = [0.0] * len(histogram)
-    for level in range(len(histogram[0])):
-        shares = [row[level] for row in histogram]
-        right.bar(range(len(histogram)), shares, bottom=bottom, label=f"{level - 1:+d}" if level != 1 else "0")
-        bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
-    right.set_title("share of each level by FSQ digit", fontsize=10)
-    right.set_xlabel("digit")
-    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which fill the axes
+    if histogram:
+        _draw_digits(figure.add_subplot(1, 2, 2), histogram)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _draw_digits(axes: Any, histogram: Sequence[Sequence[float]]) -> None:
+    """Stacked bars, one an FSQ digit, of the shares of its three levels."""
+    bottom = [0.0] * len(histogram)
+    for level, name in enumerate(("-1", "0", "+1")):
+        shares = [row[level] for row in histogram]
+        axes.bar(range(len(histogram)), shares, bottom=bottom, label=name)
+        bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
+    axes.set_title("share of each level by FSQ digit", fontsize=10)
+    axes.set_xlabel("digit")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which fill the axes
 
 
 def _table(head: tuple[str, str], rows: Any) -> str:

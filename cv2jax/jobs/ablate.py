@@ -52,7 +52,8 @@ def ablate_quantizer(
     held_out = finals["fsq"][0]
     caption = (
         f"Held-out error rate by quantizer: {base.num_steps} steps of {base.data.batch_seconds:g} s, "
-        f"{len(seeds)} seed(s), {held_out['num_utterances']} utterances ({held_out['num_speech_tokens']} speech tokens)."
+        f"{len(seeds)} seed(s), {held_out['num_utterances']} utterances ({held_out['num_speech_tokens']} speech tokens); "
+        f"fsq with balance_weight={base.model.balance_weight:g}, vq with vq_restart_below={base.model.vq_restart_below:g}."
     )
     table = markdown_table(results, caption)
     (workdir / "table.md").write_text(table, encoding="utf-8")

@@ -10,9 +10,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cv2jax.audio.mel import WHISPER_RATE_HZ
+from cv2jax.audio.mel import WHISPER_BINS, WHISPER_RATE_HZ
 from cv2jax.audio.pitch import pitch_track
-from cv2jax.config import TrainConfig
+from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.recognition import RecognitionScore
 from cv2jax.models.speech_tokenizer.augment import spec_augment
@@ -40,6 +40,8 @@ class SpeechTokenizerTask:
     """Trains and evaluates a `SpeechTokenizer`; the vocabulary and the longest transcript come from the corpus."""
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
+        if config.model.num_mels != WHISPER_BINS:
+            raise UserError(f"model.num_mels={config.model.num_mels}: the features have {WHISPER_BINS} bands; set that")
         self._data = data
         self.vocabulary = CharacterVocabulary.from_counts(data.train.characters)
         unknown = set(data.held_out.characters) - set(self.vocabulary.characters)
@@ -63,7 +65,8 @@ class SpeechTokenizerTask:
             "corpus_hash": self._data.corpus.hash,
             "plan_hash": self._data.plan.hash,
             "vocabulary": list(self.vocabulary.characters),
-            "model": dataclasses.asdict(self.model_config),
+            # Rematerialisation decides memory, never a number.
+            "model": {k: v for k, v in dataclasses.asdict(self.model_config).items() if k != "remat"},
         }
 
     def init_state(self, key: jax.Array) -> TrainState:

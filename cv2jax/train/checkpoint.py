@@ -10,6 +10,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
+from cv2jax.train.disk import full_disk_reported
 
 _NAME = "state"  # always named: the default name differs between Orbax releases
 
@@ -18,6 +19,8 @@ class Checkpoints:
     """The checkpoints of a run: `directory/<step>`, written asynchronously and atomically, the newest `keep` kept."""
 
     def __init__(self, directory: pathlib.Path, *, keep: int) -> None:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory}: is a file where the checkpoints go; move it away")
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
@@ -33,7 +36,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._checkpointer.close()
+        with full_disk_reported(self._directory):
+            self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -43,12 +47,14 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Copies the state to the host, then writes in the background; a second save waits for the first."""
-        self._checkpointer.wait()  # raises what a failed background save raised
-        self._checkpointer.save_checkpointables_async(step, {_NAME: state})
+        with full_disk_reported(self._directory):
+            self._checkpointer.wait()  # raises what a failed background save raised
+            self._checkpointer.save_checkpointables_async(step, {_NAME: state})
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises if it failed."""
-        self._checkpointer.wait()
+        with full_disk_reported(self._directory):
+            self._checkpointer.wait()
 
     def load(self, abstract: Any, step: int | None = None) -> Any:
         """The state of a step (default: newest) in the shapes and shardings of `abstract`.

@@ -7,11 +7,9 @@ function of the step; the loop only decides when to look.
 import contextlib
 import fcntl
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,7 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cv2jax.config import TrainConfig, UserError, format_config
-from cv2jax.parallel.distributed import from_first_process, global_batch, local_rows, reached_stop, to_host
+from cv2jax.parallel.distributed import from_first_process, global_batch, local_rows, to_host
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules
 from cv2jax.train.checkpoint import Checkpoints
@@ -29,8 +27,8 @@ from cv2jax.train.metrics import MetricWriter, draw_curves, read_metrics
 from cv2jax.train.run import save_or_compare
 from cv2jax.train.state import TrainState, make_state
 from cv2jax.train.step import StepFunction, compile_steps
+from cv2jax.train.stop import EXIT_PREEMPTED, StopSignal
 
-EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on where this one stopped
 SECONDS_BETWEEN_DRAWINGS = 60
 MAX_SKIPPED_IN_A_ROW = 50
 MAX_STEPS_AHEAD = 2  # of the device, by the host
@@ -73,14 +71,16 @@ class Task(Protocol):
         ...
 
 
-def train(task: Task, config: TrainConfig, workdir: pathlib.Path) -> int:
-    """Trains to `config.num_steps`, resuming whatever `workdir` holds; returns 0, or EXIT_PREEMPTED after SIGTERM."""
+def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSignal | None = None) -> int:
+    """Trains to `config.num_steps`, resuming whatever `workdir` holds; returns 0, or EXIT_PREEMPTED after SIGTERM.
+
+    `stop` is an entered StopSignal of a caller that watches since before the task was made; None watches from here on.
+    """
     # ── identity ─────────────────────────────────────────────────────────────────────────────────────────────────
     first = jax.process_index() == 0
     mesh = make_mesh(config.mesh)
     for size in sorted(task.batch_sizes()):
         local_rows(mesh, size)
-    save_or_compare(workdir, config, task.facts(), write=first)
     logging.info("config of %s\n%s", config.name, format_config(config))
     logging.info("mesh %s over %d %s devices", dict(mesh.shape), mesh.size, jax.devices()[0].platform)
     # ── state: abstract first, so that every sharding comes from one place ──────────────────────────────────────
@@ -88,10 +88,13 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path) -> int:
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     with (
         _only_one_in(workdir),
-        _StopSignal() as stop,
+        contextlib.nullcontext(stop) if stop else StopSignal() as stop,
         Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints,
     ):
+        if jax.process_count() > 1:
+            stop.share()
         start = checkpoints.latest_step or 0
+        save_or_compare(workdir, config, task.facts(), started=start > 0, write=first)
         if start >= config.num_steps:
             logging.info("%s has all its %d steps already", workdir, config.num_steps)
             return 0
@@ -101,6 +104,9 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path) -> int:
         else:
             state = make_state(task.init_state, shardings, init_key)
         logging.info("%.3f M parameters", sum(x.size for x in jax.tree.leaves(state.params)) / 1e6)
+        if stop.asked:  # before anything that takes minutes; nothing is new that would have to be saved
+            logging.warning("asked to stop before step %d; the same command goes on from there", start + 1)
+            return EXIT_PREEMPTED
         # ── everything that compiles for training, before the first batch ───────────────────────────────────────
         steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
         evaluate = task.make_evaluate(mesh, abstract)
@@ -211,34 +217,12 @@ def _only_one_in(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
+    workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{workdir}: another `cv2jax train` is at work there; stop it or wait for it") from None
+        except OSError as error:  # a network file system or a mounted bucket
+            logging.warning("%s cannot be locked (%s): start no second run in it", workdir, error.strerror)
         yield
-
-
-class _StopSignal:
-    """Whether SIGTERM asked this run to stop; several processes agree on the step at which all of them do."""
-
-    def __enter__(self) -> "_StopSignal":
-        self._asked = False
-        # With several processes JAX's own preemption service owns SIGTERM and spreads the word.
-        self._single = jax.process_count() == 1
-        if self._single:
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        if self._single:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def requested(self, step: int) -> bool:
-        """Call it once a step on every process."""
-        if self._single:
-            return self._asked
-        return reached_stop(step)

@@ -9,6 +9,7 @@ from typing import Any
 import tensorboardX
 
 from cv2jax.config import UserError
+from cv2jax.train.disk import full_disk_reported
 
 TIME_FIELDS = ("seconds", "steps_per_second")  # all that may differ between equal runs
 MAX_POINTS = 2000
@@ -41,8 +42,9 @@ class MetricWriter:
             return
         line = {"step": step, "kind": kind, **{k: _plain(v) for k, v in values.items()}}
         line["seconds"] = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with full_disk_reported(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and value is not None:
                 self._events.add_scalar(f"{kind}/{name}", value, step)

@@ -19,6 +19,8 @@ FREE_KEYS = (
     "evaluate_utterances",
     "save_every",
     "keep_checkpoints",
+    "compute_dtype",  # what it comes to on this machine is among the facts
+    "model.remat",
     "data.corpus:",  # the corpus is compared by its hash, not by where it lies
     "data.num_workers",
     "data.num_threads",
@@ -26,11 +28,16 @@ FREE_KEYS = (
 )
 
 
-def save_or_compare(workdir: pathlib.Path, config: TrainConfig, facts: dict[str, Any], *, write: bool) -> None:
-    """Writes `run.json`, or compares it with the config and facts of this call and raises UserError on a difference."""
+def save_or_compare(
+    workdir: pathlib.Path, config: TrainConfig, facts: dict[str, Any], *, started: bool, write: bool
+) -> None:
+    """Of a run that has a checkpoint (`started`), compares `run.json` with this call's config and facts; else writes it.
+
+    Raises UserError on a difference. A first start that failed, for want of memory say, binds nobody to its config.
+    """
     path = workdir / "run.json"
     mine = {"config": to_dict(config), "facts": json.loads(json.dumps(facts))}
-    if path.is_file():
+    if started and path.is_file():
         theirs = load_run(workdir)
         lines = [
             line for line in differences(theirs["config"], mine["config"]) if not line.startswith(FREE_KEYS)

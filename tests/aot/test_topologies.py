@@ -57,9 +57,17 @@ def test_the_tiny_step_compiles(topology, mesh, kwargs, corpus, tmp_path):
     assert compiled.memory_analysis().temp_size_in_bytes < GIB
 
 
+def test_the_base_step_fits_a_chip_of_sixteen_gigabytes(corpus, tmp_path):
+    rows = 4 * round(load_config("speech_tokenizer_base").data.batch_seconds / 30)  # its longest bucket on each of four
+    compiled, _ = compile_for("speech_tokenizer_base", "v5e:2x2", MeshConfig(), rows, 30, corpus, tmp_path)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 15.75 * GIB
+
+
 def test_the_official_step_fits_sixteen_v5e(corpus, tmp_path):
+    rows = round(load_config("speech_tokenizer_official").data.batch_seconds / 30)  # its longest bucket
     compiled, abstract = compile_for(
-        "speech_tokenizer_official", "v5e:4x4", MeshConfig(fsdp=16), 64, 20, corpus, tmp_path
+        "speech_tokenizer_official", "v5e:4x4", MeshConfig(fsdp=16), rows, 30, corpus, tmp_path
     )
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 15.75 * GIB

@@ -77,7 +77,8 @@ def test_a_split_that_is_not_there_and_a_length_nothing_has(corpus, capsys, tmp_
     assert "utterance" in refused(capsys, *words, "--set=data.min_seconds=20")
 
 
-def test_a_run_of_another_config_keeps_its_files(corpus, capsys, tmp_path):
+def test_a_run_of_another_config_keeps_its_files(corpus, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("cv2jax.train.checkpoint.Checkpoints.latest_step", 5)
     workdir = tmp_path / "w"
     workdir.mkdir()
     run_json = json.dumps({"config": {"seed": 5}, "facts": {}})
@@ -85,6 +86,19 @@ def test_a_run_of_another_config_keeps_its_files(corpus, capsys, tmp_path):
     words = ["train", "speech_tokenizer_tiny", f"--corpus={corpus}", f"--workdir={workdir}"]
     assert "another config" in refused(capsys, *words)
     assert (workdir / "run.json").read_text() == run_json
+
+
+def test_a_number_of_mel_bands_that_no_feature_has(corpus, capsys, tmp_path):
+    words = ["train", "speech_tokenizer_tiny", f"--corpus={corpus}", f"--workdir={tmp_path / 'w'}"]
+    assert "model.num_mels=80: the features have 128 bands" in refused(capsys, *words, "--set=model.num_mels=80")
+    assert not (tmp_path / "w").exists()
+
+
+def test_checkpoints_that_are_a_file(corpus, capsys, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "checkpoints").write_text("")
+    words = ["train", "speech_tokenizer_tiny", f"--corpus={corpus}", f"--workdir={tmp_path / 'w'}"]
+    assert "is a file where the checkpoints go" in refused(capsys, *words)
 
 
 def test_a_corpus_with_a_truncated_shard(capsys, tmp_path):

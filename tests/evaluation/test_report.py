@@ -40,3 +40,10 @@ def test_a_run_without_codebook_or_examples_leaves_them_out():
 
 def test_the_codebook_is_a_png():
     assert draw_codebook(EVALUATIONS).startswith(b"\x89PNG")
+
+
+def test_a_codebook_without_digits_is_drawn_too():
+    evaluations = [{k: v for k, v in line.items() if k != "digit_histogram"} for line in EVALUATIONS]
+    assert "Codebook" in page(evaluations)
+    assert draw_codebook(evaluations).startswith(b"\x89PNG")
+    assert len(draw_codebook(evaluations)) < len(draw_codebook(EVALUATIONS))

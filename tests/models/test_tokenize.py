@@ -138,8 +138,9 @@ def test_vq_and_bfloat16_and_no_quantizer(params: dict) -> None:
     assert len(set(tokens.tolist())) > 1
     with pytest.raises(UserError, match="quantizer 'none'"):
         make_encoder(dataclasses.replace(CONFIG, quantizer="none"), params)
-    with pytest.raises(UserError, match="batch_seconds"):
-        make_encoder(CONFIG, params, batch_seconds=0.0)
+    for seconds in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(UserError, match="batch_seconds"):
+            make_encoder(CONFIG, params, batch_seconds=seconds)
 
 
 def test_hash_follows_what_decides_the_tokens_and_nothing_else(params: dict) -> None:

@@ -87,3 +87,17 @@ def test_two_kills_change_nothing(tmp_path, seed):
     ours, theirs = final_state(corpus, killed), final_state(corpus, unbroken)
     assert int(ours.step) == 300
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_sigterm_while_the_run_is_set_up_is_answered_with_75(tmp_path):
+    corpus = make_small_corpus(tmp_path / "c")
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "w"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "training batches of" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 75, rest
+    assert "asked to stop" in rest

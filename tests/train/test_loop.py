@@ -13,8 +13,10 @@ from cv2jax.config import MeshConfig, UserError
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.train.checkpoint import Checkpoints, load_subtree
+from cv2jax.train.disk import full_disk_reported
 from cv2jax.train.loop import EXIT_PREEMPTED, train
 from cv2jax.train.metrics import TIME_FIELDS, read_metrics
+from cv2jax.train.stop import StopSignal
 from tests.train.toy import SHAPES, ToyTask, toy_config
 
 
@@ -226,6 +228,58 @@ def test_a_directory_with_a_run_at_work_is_refused(tmp_path):
 
     assert run(tmp_path, toy_config(num_steps=3), on_step=intrude) == 0
     assert len(messages) == 1
+
+
+def test_a_place_that_cannot_lock_is_no_run_at_work(tmp_path, monkeypatch, caplog):
+    def no_locks(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("cv2jax.train.loop.fcntl.flock", no_locks)
+    with caplog.at_level("WARNING"):
+        assert run(tmp_path, toy_config(num_steps=2)) == 0
+    assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_first_start_that_failed_binds_nobody_to_its_config(tmp_path, monkeypatch):
+    def no_memory(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cv2jax.train.loop.compile_steps", no_memory)
+        with pytest.raises(MemoryError):
+            run(tmp_path, toy_config(num_steps=2))
+    other = toy_config(num_steps=3)
+    assert run(tmp_path, other) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["num_steps"] == 3
+
+
+def test_a_stop_before_the_first_step_compiles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("cv2jax.train.loop.compile_steps", lambda *_: pytest.fail("compiled after a stop"))
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        config = toy_config(num_steps=2)
+        assert train(ToyTask(config), config, tmp_path, stop) == EXIT_PREEMPTED
+    monkeypatch.undo()
+    assert run(tmp_path, toy_config(num_steps=2)) == 0
+
+
+@pytest.mark.parametrize("where", ["_checkpointer.save_checkpointables_async", "_checkpointer.wait"])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, where):
+    def full(*arguments):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing [OS error 28: ENOSPC No space left on device]")
+
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        monkeypatch.setattr(getattr(checkpoints, where.split(".")[0]), where.split(".")[1], full)
+        with pytest.raises(
+            UserError, match=r"c: cannot write \(No space left on device\); make room and give the same"
+        ):
+            checkpoints.save(1, {"x": jax.numpy.zeros(2)})
+        monkeypatch.undo()
+
+
+def test_full_device_memory_is_not_a_full_disk(tmp_path):
+    with pytest.raises(ValueError, match="out of memory"), full_disk_reported(tmp_path):
+        raise ValueError("RESOURCE_EXHAUSTED: out of memory")
 
 
 def test_a_stop_at_an_evaluation_step_saves_first_and_evaluates_on_resume(unbroken, tmp_path):

@@ -30,7 +30,7 @@ class SpeechTokenizerConfig:
     commitment_weight: float = 0.25  # vq only
     label_smoothing: float = 0.1
     ctc_weight: float = 0.3  # 0 leaves the CTC head out
-    pitch_weight: float = 0.0  # 0.3 in the paper's variant; 0 leaves the pitch head out
+    pitch_weight: float = 0.0  # of the L1 in units of 100 Hz; 0.3 in the public code, which counts Hz; 0: no pitch head
     balance_weight: float = 0.0  # fsq only: keeps every digit's three levels in use (`fsq.digit_balance_loss`)
     dropout: float = 0.1
     num_freq_masks: int = 2
@@ -97,6 +97,7 @@ def base() -> SpeechTokenizerConfig:
         decoder_layers=6,
         max_text_tokens=256,
         balance_weight=0.1,
+        remat="full",
     )
 
 

@@ -88,9 +88,9 @@ class SpeechTokenizer(nn.Module):
             **blocks,
         )
         if c.ctc_weight > 0:
-            self.ctc_head = Linear((c.width, c.vocabulary_size), ("embed", "vocab"), dtype=c.dtype)
+            self.ctc_head = Linear((c.width, c.vocabulary_size), ("embed", "vocab"))  # fp32, as every loss
         if c.pitch_weight > 0:
-            self.pitch_head = Linear((c.width, 1), ("embed", None), dtype=c.dtype)
+            self.pitch_head = Linear((c.width, 1), ("embed", None))
 
     def __call__(
         self,
@@ -118,9 +118,9 @@ class SpeechTokenizer(nn.Module):
         logits, _ = self.decoder(inputs, memory, mask, deterministic=deterministic)
         ctc_logits, pitch = None, None
         if self.config.ctc_weight > 0:
-            ctc_logits = self.ctc_head(memory).astype(jnp.float32)
+            ctc_logits = self.ctc_head(memory)
         if self.config.pitch_weight > 0:
-            pitch = PITCH_UNIT_HZ * jax.nn.relu(self.pitch_head(memory)[..., 0].astype(jnp.float32))
+            pitch = PITCH_UNIT_HZ * jax.nn.relu(self.pitch_head(memory)[..., 0])
         return SpeechTokenizerOutput(
             hidden=encoding.hidden,
             z=encoding.z,
@@ -189,7 +189,7 @@ class SpeechTokenizer(nn.Module):
 
     def ctc(self, memory: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """CTC logits of an Encoder2 output."""
-        return self.ctc_head(memory).astype(jnp.float32)
+        return self.ctc_head(memory)
 
     def _understand(
         self, encoding: SpeechEncoding, deterministic: bool

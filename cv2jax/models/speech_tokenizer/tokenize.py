@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -162,8 +163,8 @@ class WaveformEncoder:
     ) -> None:
         if config.quantizer == "none":
             raise UserError("quantizer 'none' gives no speech tokens; use a run trained with model.quantizer=fsq or vq")
-        if not batch_seconds > 0:
-            raise UserError(f"batch_seconds={batch_seconds}: must be positive")
+        if not 0 < batch_seconds < math.inf:
+            raise UserError(f"batch_seconds={batch_seconds}: must be positive and finite")
         self.config = dataclasses.replace(config, dtype=compute_dtype, remat="none", dropout=0.0)
         self._mesh = mesh
         self._batch_frames = batch_seconds * 100

@@ -2,7 +2,8 @@
 
     cv2jax train speech_tokenizer_base --corpus prepared/ --workdir runs/tokenizer_base
 
-bfloat16 on accelerators. Not yet trained to the end here: watch held-out `cer` and `codes_used_share` in curves.png.
+bfloat16 on accelerators; a batch fits a chip of 16 GB (compiled ahead of time for one). Not yet trained to the end here:
+watch held-out `cer` and `codes_used_share` in curves.png.
 """
 
 from cv2jax.config import DataConfig, OptimizerConfig, TrainConfig

@@ -15,12 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from cv2jax.config import UserError
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Backbone, Qwen2Config
+from cv2jax.models.text_speech_lm.sequence import IGNORE, NUM_SPECIAL, NUM_STOPS, SPECIAL, SPEECH, TEXT
 from cv2jax.nn.layers import Axes, partitioned
-
-SPECIAL, TEXT, SPEECH = 0, 1, 2  # kinds of an input token: which table embeds it
-NUM_SPECIAL = 2  # sos, task
-NUM_STOPS = 3  # eos, an id that no official code uses, fill: behind the speech tokens
-IGNORE = -1  # a target that does not count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

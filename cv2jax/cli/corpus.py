@@ -24,12 +24,7 @@ def define_flags(flags: absl.flags.FlagValues) -> None:
     define = absl.flags
     define.DEFINE_float("hours", None, "Hours of speech in all, shared equally by the languages.", flag_values=flags)
     define.DEFINE_list("languages", ["en"], "Languages: en, cmn, ja, ko.", flag_values=flags)
-    define.DEFINE_integer(
-        "voices",
-        8,
-        "Voices of each language.",
-        flag_values=flags,
-    )
+    define.DEFINE_integer("voices", 8, "Voices of each language.", flag_values=flags)
     define.DEFINE_integer("seed", 0, "Another seed gives other sentences, voices' pitch and order.", flag_values=flags)
     define.DEFINE_float(
         "held_out_share", 0.05, "Share of sentences, and of hours, held out as test.", flag_values=flags

@@ -27,12 +27,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("encoding", "flac", "flac (lossless, half the size) or pcm16.", flag_values=flags)
     define.DEFINE_integer("workers", 0, "Processes; 0 takes one a core.", flag_values=flags)
     define.DEFINE_integer("shard_utterances", 0, "Utterances of a shard; 0 chooses 8 to 2048.", flag_values=flags)
-    define.DEFINE_string(
-        "vocabulary",
-        None,
-        "JSON list of characters text must keep to, or a run.json.",
-        flag_values=flags,
-    )
+    define.DEFINE_string("vocabulary", None, "Characters text must keep to: JSON list or run.json.", flag_values=flags)
     define.DEFINE_boolean("strict", False, "Stop at the first bad utterance.", flag_values=flags)
     define.DEFINE_boolean("verify", False, "Hash the finished shards, redo the damaged ones.", flag_values=flags)
 

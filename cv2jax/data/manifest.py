@@ -215,7 +215,11 @@ def _find_id(line: bytes) -> str | None:
 
 def _is_unicode(text: str) -> bool:
     """False where JSON's escapes left half of a surrogate pair (an emoji cut in two), which no file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _find_duplicates(path: pathlib.Path, digests: np.ndarray, columns: dict[str, np.ndarray]) -> dict[int, Refusal]:

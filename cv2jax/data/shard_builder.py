@@ -19,14 +19,15 @@ import numpy as np
 
 from cv2jax.audio.io import check_audio, convert_rate, read_audio, to_int16
 from cv2jax.audio.tar import split_tar_source
-from cv2jax.config import UserError
+from cv2jax.config import DataConfig, UserError
 from cv2jax.data.corpus_index import ColumnCollector, ShardColumns, shard_name
 from cv2jax.data.manifest import Utterance, parse_utterance
 from cv2jax.data.shards import FORMAT_VERSION, Record, ShardSummary, ShardWriter, sync_and_hash
 from cv2jax.text.characters import normalize_transcript
 
 LONG_SECONDS = 30.0  # the speech tokenizer's longest input in one piece; the loader leaves longer utterances out
-FAST_CHARACTERS_PER_SECOND = 50.0  # nobody speaks so fast: the text is of something else; training leaves it out too
+# Nobody speaks so fast: the text is of something else, and training leaves it out by default.
+FAST_CHARACTERS_PER_SECOND = DataConfig.max_characters_per_second
 _MAX_SAMPLES = 2**31 - 1  # columns are int32
 
 
@@ -232,8 +233,8 @@ def _plain_columns(columns: ShardColumns) -> dict[str, Any]:
 def make_record(utterance: Utterance, directory: str, options: PrepareOptions) -> tuple[Record, list[str]]:
     """Returns one utterance's record and the warnings on it; UserError with the reason where it must be refused."""
     remarks = []
+    normalized = normalize_transcript(utterance.text or "")
     if utterance.text is not None:
-        normalized = normalize_transcript(utterance.text)
         if not normalized:
             remarks.append("text: no letter or digit in it")
         if options.vocabulary is not None:
@@ -246,9 +247,8 @@ def make_record(utterance: Utterance, directory: str, options: PrepareOptions) -
     except (UserError, OSError, ValueError) as error:
         # The report goes along with the corpus: it names files as the manifest does.
         raise UserError(str(error).replace(os.path.join(directory, ""), "", 1)) from None
-    num_characters = len(normalize_transcript(utterance.text or ""))
-    if num_characters > FAST_CHARACTERS_PER_SECOND * max(clip.seconds, 1.0):
-        remarks.append(f"text: {num_characters} characters in {clip.seconds:.1f} s are more than anybody speaks")
+    if len(normalized) > FAST_CHARACTERS_PER_SECOND * max(clip.seconds, 1.0):
+        remarks.append(f"text: {len(normalized)} characters in {clip.seconds:.1f} s are more than anybody speaks")
     if clip.seconds > LONG_SECONDS:
         remarks.append(f"long: {clip.seconds:.1f} s is more than training takes ({LONG_SECONDS:.0f} s)")
     waveform = to_int16(convert_rate(clip, options.rate_hz))

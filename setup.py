@@ -4,6 +4,8 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+SIZES = ("tiny", "base", "official")  # folders of configs/, packages without an __init__.py
+
 setup(
     name="cv2jax",
     version="0.1.0",
@@ -12,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["cv2jax", "cv2jax.*"]), "cv2jax.configs"],
+    packages=[*find_packages(include=["cv2jax", "cv2jax.*"]), *(f"cv2jax.configs.{size}" for size in SIZES)],
     package_dir={"cv2jax.configs": "configs"},
     entry_points={"console_scripts": ["cv2jax=cv2jax.cli.main:main"]},
     install_requires=[

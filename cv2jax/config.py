@@ -289,8 +289,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
 
 
 def preset_names() -> list[str]:
-    """Names of the experiments shipped with the package."""
-    return sorted(path.stem for path in _preset_directory().glob("*.py") if not path.stem.startswith("_"))
+    """Names of the experiments shipped with the package: `speech_tokenizer_tiny` is `configs/tiny/speech_tokenizer.py`."""
+    return sorted(f"{path.stem}_{path.parent.name}" for path in _preset_directory().glob("*/*.py"))
 
 
 def load_config(name_or_path: str) -> TrainConfig:
@@ -300,7 +300,8 @@ def load_config(name_or_path: str) -> TrainConfig:
     """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".py":
-        path = _preset_directory() / f"{name_or_path}.py"
+        stage, _, size = name_or_path.rpartition("_")
+        path = _preset_directory() / size / f"{stage}.py"
         if not path.is_file():
             names = preset_names()
             hint = _suggest(name_or_path, names)

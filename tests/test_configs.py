@@ -14,7 +14,8 @@ import pytest
 from cv2jax.config import TrainConfig, format_config, from_dict, load_config, preset_names, to_dict, validate
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+FILES = {f"{path.stem}_{path.parent.name}": path for path in CONFIGS.glob("*/*.py")}
+NAMES = sorted(FILES)
 
 # Parameters in millions, at least and at most; a new config adds its line.
 MILLIONS = {
@@ -46,7 +47,7 @@ def test_presets_are_the_files_in_configs() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_gives_launch_line_and_what_to_expect(name: str) -> None:
-    docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8"))) or ""
     launch = re.search(rf"^ +cv2jax train {name} .*--workdir", docstring, flags=re.MULTILINE)
     assert launch, f"no line `cv2jax train {name} … --workdir …`"
     assert len(docstring[launch.end() :].split()) >= 10, "nothing after the launch line says what to expect"

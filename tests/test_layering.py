@@ -204,7 +204,7 @@ def test_third_party_packages_stay_at_home() -> None:
 def test_mesh_axes_are_named_only_in_parallel_and_config() -> None:
     _assert_none(
         f"{_where(path, line)}: names the mesh axis '{axis}'; use cv2jax.parallel"
-        for path in [*FILES, *sorted((ROOT / "configs").glob("*.py"))]
+        for path in [*FILES, *sorted((ROOT / "configs").glob("*/*.py"))]
         if path.relative_to(ROOT).as_posix() != "cv2jax/config.py" and path.parent.name != "parallel"
         for line, axis in _axis_names(_tree(path))
     )

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+PRESETS = {f"{path.stem}_{path.parent.name}": path for path in (ROOT / "configs").glob("*/*.py")}
 VERBS = sorted(path.stem for path in (ROOT / "cv2jax" / "cli").glob("*.py") if path.stem not in ("main", "__init__"))
 
 pytestmark = pytest.mark.full
@@ -51,7 +51,7 @@ def programs(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> p
 
 def test_wheel_holds_the_presets_and_nothing_of_the_tests(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"cv2jax/configs/{name}.py" for name in PRESETS} <= set(names)
+    assert {f"cv2jax/{path.relative_to(ROOT)}" for path in PRESETS.values()} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cv2jax"}
 
@@ -64,7 +64,7 @@ def test_presets_are_found_outside_a_checkout(programs: pathlib.Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     place, *names = done.stdout.split()
     assert pathlib.Path(place).is_relative_to(programs.parent)
-    assert names == PRESETS
+    assert names == sorted(PRESETS)
 
 
 def test_train_looks_up_presets_outside_a_checkout(programs: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -30,13 +30,18 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "rapidfuzz>=3.9",
+        "safetensors>=0.5",
         "soundfile>=0.13",
         "tensorboardX>=2.6.2",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
+        "transformers>=5.0",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
+        "text": ["wetext>=0.1.8"],  # Chinese and English number normalisers
+        "official": ["torch>=2.6"],  # the official side of benches and conversions; never needed to run
         "corpus": ["espeakng-loader>=0.2.4"],  # bundles espeak-ng (GPL-3.0+): a data tool, never a runtime dependency
         "aot": ["jax[tpu]>=0.10.2"],  # libtpu compiles for TPU topologies on any x86-64 Linux machine
         "test": ["beartype>=0.20", "espeakng-loader>=0.2.4", "pytest>=8.3", "pytest-xdist>=3.6", "PyYAML>=6"],

@@ -45,7 +45,7 @@ class MeshConfig:
 class DataConfig:
     """Which prepared corpus to read, and how it is cut into batches of a few static shapes."""
 
-    corpus: str = ""  # a directory written by `cv2jax prepare`
+    corpus: str = ""  # a directory written by `cv2jax prepare`; of the language model, by `cv2jax tokenize`
     train_split: str = "train"
     eval_split: str = "test"
     batch_seconds: float = 64.0  # audio in one global batch, padding included
@@ -56,6 +56,11 @@ class DataConfig:
     min_seconds: float = 0.1
     max_seconds: float = 30.0
     max_characters_per_second: float = 50.0  # text beyond is none that was spoken; audio under 1 s counts as 1 s
+    prefix: Literal["", "none", "instruct", "speaker"] = ""  # language model: that its corpus must have; "": any
+    row_length: int = 2048  # language model: positions of a packed row
+    batch_rows: int = 8  # language model: rows of a global batch
+    max_segments: int = 64  # language model: at most so many utterances in a row
+    speech_tokenizer: str = ""  # language model: workdir of the run that made its tokens, to read aloud what it says
     num_workers: int = 0  # processes that read and decode; 0 reads in threads of the main process
     num_threads: int = 2  # that read when num_workers is 0
     prefetch: int = 4  # batches read ahead; each worker process holds at least 4
@@ -63,6 +68,7 @@ class DataConfig:
     def validate(self) -> None:
         """Raises UserError for values no plan can be made from."""
         positive = "batch_seconds batch_multiple num_buckets max_seconds max_characters_per_second num_threads prefetch"
+        positive += " row_length batch_rows max_segments"
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"data.{name}={getattr(self, name)}: must be positive")
@@ -87,6 +93,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 5.0
+    ema_decay: float = 0.0  # of a moving average of the parameters, which evaluation then uses; 0: none
 
     def validate(self) -> None:
         """Raises UserError for a rate, clip or warm-up that cannot be meant."""
@@ -96,7 +103,7 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay", "final_learning_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
         if self.final_learning_rate > self.learning_rate:
@@ -104,6 +111,29 @@ class OptimizerConfig:
                 f"optimizer.final_learning_rate={self.final_learning_rate}: must not exceed "
                 f"optimizer.learning_rate={self.learning_rate}"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation: the kernels that `targets` name get trained factors, all else is frozen (Hu et al. 2021).
+
+    A name is a glob over the end of a parameter's path: `query` is every `…/query/kernel`, `head_kernel` that parameter,
+    `backbone/*/out` only those inside the backbone.
+    """
+
+    rank: int = 0  # of the factors; 0: off, everything is trained
+    alpha: float = 16.0  # their product is scaled by alpha / rank
+    targets: tuple[str, ...] = ("query", "key", "value", "out")
+    also_trained: tuple[str, ...] = ()  # parameters trained as they are, such as head_kernel and head_bias
+
+    def validate(self) -> None:
+        """Raises UserError for a rank, scale or list of targets that cannot be meant."""
+        if self.rank < 0:
+            raise UserError(f"lora.rank={self.rank}: must be 0 (off) or more")
+        if not self.alpha > 0:
+            raise UserError(f"lora.alpha={self.alpha}: must be positive")
+        if self.rank and not self.targets:
+            raise UserError("lora.targets=(): name the kernels to adapt, for example query, or set lora.rank=0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +147,10 @@ class TrainConfig:
     seed: int = 0
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
+    init_from: str = (
+        ""  # start from the weights in this workdir of a run, or Hugging Face directory of a Qwen2 backbone
+    )
     mesh: MeshConfig = MeshConfig()
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     log_every: int = 20

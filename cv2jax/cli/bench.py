@@ -1,4 +1,4 @@
-"""Measure speed and memory: prepare, encode, train, loader, or all of them.
+"""Measure speed and memory: prepare, encode, train, loader, lm-train, lm-decode, or all of them.
 
 Each part runs in its own process, on speech made up on the spot unless --manifest or --corpus name real speech. Medians
 over --repeats are printed as a Markdown table, and written as JSON to --out. Compilation and first batches are left out.
@@ -8,6 +8,11 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
   train     steps/s, utterances/s, x realtime of the preset speech_tokenizer_tiny (or --size official)
   loader    utterances/s per worker, for 0, 1 and 2 worker processes; with --utterances N also the seconds and memory
             to the first batch of a synthetic index of N rows
+  lm-train  tokens/s and share of the machine's matrix rate: loss and gradients of the language model, no optimizer
+  lm-decode ms a speech token behind a prefilled prompt
+
+On a CPU the last two have official width, 4 layers and fp32, and race PyTorch on the same weights, repeats in turn
+(pip install 'cv2jax[official]'; --against '' goes without); elsewhere all 24 layers and bf16, ours alone.
 
   cv2jax bench all --out bench.json
   cv2jax bench loader --utterances 100000000
@@ -17,7 +22,7 @@ from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "{prepare|encode|train|loader|all} [flags]"
+USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|all} [flags]"
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -31,15 +36,19 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string(
         "corpus", "", "Prepared corpus for train and loader, instead of a made-up one.", flag_values=flags
     )
+    define.DEFINE_string(
+        "against", "torch", "Whom lm-train and lm-decode race on a CPU: torch, or '' for nobody.", flag_values=flags
+    )
     define.DEFINE_string("out", None, "File for the JSON report.", flag_values=flags)
 
 
 def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
     """Runs the benchmarks and prints the table."""
-    if len(args) != 1:
-        raise UserError(f"expected one of prepare, encode, train, loader, all; got {len(args)} arguments")
-    from cv2jax.jobs.bench import bench, format_table
+    from cv2jax.jobs.bench import BENCHES, bench, format_table
     from cv2jax.jobs.bench_options import BenchOptions
+
+    if len(args) != 1:
+        raise UserError(f"expected one of {', '.join((*BENCHES, 'all'))}; got {len(args)} arguments")
 
     values = flags.flag_values_dict()
     out = values.pop("out")

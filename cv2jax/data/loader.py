@@ -42,8 +42,17 @@ class ReadsRows(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """Random access to local batches, (step, batch) at each index; picklable, so that each worker opens its own readers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> tuple[np.ndarray, Batch]: ...
+
+
 class _BatchSource:
-    """Random access to local batches; picklable, so that each worker opens its own readers."""
+    """Local batches of audio."""
 
     def __init__(
         self,
@@ -136,7 +145,7 @@ class Loader:
 
     def __init__(
         self,
-        source: _TrainingSource | _EvaluationSource,
+        source: BatchSource,
         first_step: int,
         *,
         num_workers: int,

@@ -14,7 +14,7 @@ import pathlib
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -129,32 +129,57 @@ def shared_order(
 ) -> tuple[pathlib.Path, UInt32[np.ndarray, "N"]]:
     """Feeds each row's bucket to `digest`; returns the file of the rows sorted by bucket, and its mapping.
 
-    The digest names the file and decides its content, so whoever comes to the same one shares it: it is written once
-    and never replaced, as others may have it mapped. It lies in `cache_dir`, or in a directory of this user on this
-    host, which forgets the orders that were not used lately. Raises UserError where the file cannot be written.
+    See `shared_file` for where it lies; UserError where it cannot be written.
     """
     for chunk in columns:
         digest.update(bucket_of_bin[chunk.bins].tobytes())
     num_bytes = 4 * sum(bucket.num_utterances for bucket in buckets)
+    return shared_file(
+        digest.hexdigest(),
+        lambda file: _sort_rows(file, columns, bucket_of_bin, buckets),
+        lambda path: path.stat().st_size == num_bytes,
+        cache_dir,
+        what="data order",
+        size=f"{num_bytes / 2**20:.1f} MiB",
+    )
+
+
+def shared_file(
+    digest: str,
+    write: Callable[[io.BufferedWriter], None],
+    is_whole: Callable[[pathlib.Path], bool],
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    what: str,
+    size: str,
+) -> tuple[pathlib.Path, UInt32[np.ndarray, "N"]]:
+    """The file that `digest` names, filled by `write` if it is not there or not `is_whole`, and its mapping.
+
+    The digest decides the content, so whoever comes to the same one shares the file: it is written once and never
+    replaced, as others may have it mapped. It lies in `cache_dir`, or in a directory of this user on this host, which
+    forgets the files that were not used lately. Raises UserError, which says `what` it is and its `size`, where it
+    cannot be written.
+    """
     place = cache_dir
     try:
         place = cache_dir or pathlib.Path(tempfile.gettempdir()) / f"cv2jax-{os.getuid()}"
         directory = _open_directory(pathlib.Path(place), private=cache_dir is None)
-        path = directory / f"order-{digest.hexdigest()[:32]}.u32"
+        path = directory / f"order-{digest[:32]}.u32"
         with _locked(directory / "lock"):  # of several processes that start together one writes, the others wait
-            if _size(path) != num_bytes:
+            if not _passes(path, is_whole):
                 path.unlink(missing_ok=True)
                 if cache_dir is None:
                     _forget_old(directory)
                 with _appearing_at(path) as file:
-                    _sort_rows(file, columns, bucket_of_bin, buckets)
+                    write(file)
             os.utime(path)
             return path, map_order(path)
     except OSError as error:
         mend = "free it or name another" if cache_dir else "free it, or let TMPDIR name another directory"
-        problem = f"{error.strerror or error}; it takes {num_bytes / 2**20:.1f} MiB"
         where = place or "temporary directory"
-        raise UserError(f"{where}: cannot write the data order ({problem}): {mend}") from None
+        raise UserError(
+            f"{where}: cannot write the {what} ({error.strerror or error}; it takes {size}): {mend}"
+        ) from None
 
 
 def map_order(path: pathlib.Path) -> UInt32[np.ndarray, "N"]:
@@ -218,11 +243,11 @@ def _forget_old(directory: pathlib.Path) -> None:
             path.unlink()
 
 
-def _size(path: pathlib.Path) -> int | None:
+def _passes(path: pathlib.Path, is_whole: Callable[[pathlib.Path], bool]) -> bool:
     try:
-        return path.stat().st_size
+        return is_whole(path)
     except FileNotFoundError:
-        return None
+        return False
 
 
 def _sort_rows(

@@ -7,11 +7,14 @@ sizes and parameters, by which a later stage refuses tokens that another tokeniz
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pathlib
 import zipfile
+import zlib
+from array import array
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -111,3 +114,138 @@ def check_token_path(path: str | os.PathLike[str]) -> pathlib.Path:
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give the file that is to hold the tokens")
     return path
+
+
+class SpeechTokenFile:
+    """The speech tokens of a file by id, or in the file's order; of JSONL, memory holds 16 bytes an utterance, no tokens.
+
+    `tokenizer` is the hash of the tokenizer that made them. Raises UserError where the file cannot be read or is damaged,
+    where it holds an id twice, and where its tokens come from two tokenizers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = check_token_path(path)
+        self._archive: zipfile.ZipFile | None = None
+        self._hashes, self._offsets = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        with _damage_reported(self.path):
+            if self.path.suffix == ".npz":
+                self._archive = zipfile.ZipFile(self.path)
+                self.tokenizer = str(json.loads(str(_read_array(self._archive, METADATA)))["tokenizer"])
+            else:
+                self.tokenizer = self._index_lines()
+
+    def __len__(self) -> int:
+        return len(self._offsets) if self._archive is None else len(self._archive.NameToInfo) - 1
+
+    def __contains__(self, identity: str) -> bool:
+        if self._archive is None:
+            return any(found == identity for found, _ in self._read_lines(identity))
+        return identity != METADATA and f"{identity}.npy" in self._archive.NameToInfo
+
+    def read(self, identity: str) -> Int32[np.ndarray, " L"]:
+        """The tokens of one utterance; KeyError where the file has none of that id."""
+        if self._archive is None:
+            for found, tokens in self._read_lines(identity):
+                if found == identity:
+                    return tokens
+        elif identity in self:
+            with _damage_reported(self.path):
+                return _check_array(_read_array(self._archive, identity))
+        raise KeyError(f"{self.path} holds no tokens of {identity!r}")
+
+    def __iter__(self) -> Iterator[tuple[str, Int32[np.ndarray, " L"]]]:
+        return read_speech_tokens(self.path)
+
+    def _index_lines(self) -> str:
+        hashes, offsets = array("Q"), array("q")
+        offset, tokenizer = 0, None
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                identity, _, made_by = _parse_line(line, number)
+                if made_by != (tokenizer := tokenizer or made_by):
+                    raise ValueError(
+                        f"line {number}: made by tokenizer {made_by[:12]}, those before by {tokenizer[:12]}"
+                    )
+                hashes.append(_hash(identity))
+                offsets.append(offset)
+                offset += len(line)
+        if tokenizer is None:
+            raise ValueError("it holds no utterance")
+        order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
+        self._hashes = np.frombuffer(hashes, np.uint64)[order]
+        self._offsets = np.frombuffer(offsets, np.int64)[order]
+        for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
+            (one, _), (other, _) = list(self._read_places(int(place), int(place) + 2))
+            if one == other:
+                raise ValueError(f'id "{one}" occurs twice')
+        return tokenizer
+
+    def _read_lines(self, identity: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The utterances whose id has the same hash: seldom more than one."""
+        key = np.uint64(_hash(identity))
+        first, end = (int(np.searchsorted(self._hashes, key, side)) for side in ("left", "right"))
+        return self._read_places(first, end)
+
+    def _read_places(self, first: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
+        for offset in self._offsets[first:end].tolist():
+            with _damage_reported(self.path), open(self.path, "rb") as file:
+                file.seek(offset)
+                identity, tokens, _ = _parse_line(file.readline())
+            yield identity, tokens
+
+
+def read_speech_tokens(path: str | os.PathLike[str]) -> Iterator[tuple[str, Int32[np.ndarray, " L"]]]:
+    """Ids and tokens of a token file in its order, one utterance at a time; UserError where it is damaged."""
+    path = check_token_path(path)
+    with _damage_reported(path):
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if (identity := name.removesuffix(".npy")) != METADATA:
+                        yield identity, _check_array(_read_array(archive, identity))
+        else:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    identity, tokens, _ = _parse_line(line, number)
+                    yield identity, tokens
+
+
+def _hash(identity: str) -> int:
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+@contextlib.contextmanager
+def _damage_reported(path: pathlib.Path) -> Iterator[None]:
+    """What cannot be read is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: no whole token file ({error}); run `cv2jax encode` again") from None
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _check_array(tokens: np.ndarray) -> Int32[np.ndarray, " L"]:
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError("speech tokens must be a list of integers")
+    if tokens.size and not -(2**31) <= tokens.min() <= tokens.max() < 2**31:
+        raise ValueError("a speech token does not fit 32 bits")
+    return tokens.astype(np.int32)
+
+
+def _parse_line(line: bytes, number: int | None = None) -> tuple[str, np.ndarray, str]:
+    """Id, tokens and tokenizer of a line; ValueError naming the line."""
+    try:
+        fields = json.loads(line)
+        identity, made_by = fields["id"], fields["tokenizer"]
+        if not isinstance(identity, str) or not isinstance(made_by, str):
+            raise ValueError("id and tokenizer must be strings")
+        return identity, _check_array(np.array(fields["speech_tokens"])), made_by
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        where = "" if number is None else f"line {number}: "
+        raise ValueError(f"{where}{type(error).__name__}: {error}") from None

@@ -5,6 +5,7 @@ memory is its own, and a compilation or an allocator of one part does not distur
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import cv2jax
 from cv2jax.config import UserError
 from cv2jax.jobs.bench_options import SIZES, BenchOptions, Measurement
 
-BENCHES = ("prepare", "encode", "train", "loader")
+BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode")
 
 
 def bench(what: str, options: BenchOptions, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -29,12 +30,17 @@ def bench(what: str, options: BenchOptions, out: str | os.PathLike[str] | None =
     options.validate()
     if what != "all" and what not in BENCHES:
         raise UserError(f"'{what}' is no benchmark; choose one of {', '.join((*BENCHES, 'all'))}")
+    if what.startswith("lm-") and options.against and importlib.util.find_spec("torch") is None:
+        mend = "pip install 'cv2jax[official]', or measure ours alone with --against ''"
+        raise UserError(f"bench {what}: PyTorch, to compare with, is not installed: {mend}")
     if out is not None:
         _check_writable(pathlib.Path(out))
     machine: dict[str, Any] = {}
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="cv2jax-bench-") as place:
         scratch, used = pathlib.Path(place), options
+        if importlib.util.find_spec("torch") is None:
+            used = dataclasses.replace(options, against="")  # of `all`, which needs no extra
         for part in _parts(what, options):
             print(f"bench: {part}", file=sys.stderr, flush=True)
             result = _run_part(part, used, scratch / part.replace(":", "-"))

@@ -7,23 +7,27 @@ import statistics
 from cv2jax.config import UserError
 
 SIZES = ("tiny", "official")
+SIDES = ("", "torch")  # what `against` may be
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What to measure; 0 and "" mean what each part chooses by its size."""
 
-    size: str = ""  # tiny or official; "" is both for encode, tiny for train
+    size: str = ""  # tiny or official; "" is both for encode, tiny for train, official for lm-train and lm-decode
     seconds: float = 0.0  # of speech in a measurement
     repeats: int = 3
     utterances: int = 0  # rows of the synthetic index that `loader` also plans
     manifest: str = ""  # prepare this instead of made-up speech
     corpus: str = ""  # train on and load this prepared corpus instead of a made-up one
+    against: str = "torch"  # whom lm-train and lm-decode race on a CPU; "": nobody
 
     def validate(self) -> None:
         """Raises UserError for what cannot be measured."""
         if self.size and self.size not in SIZES:
             raise UserError(f"size={self.size}: choose {' or '.join(SIZES)}")
+        if self.against not in SIDES:
+            raise UserError(f"against={self.against}: choose torch, or '' for nobody")
         for name in ("seconds", "utterances"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must not be negative")

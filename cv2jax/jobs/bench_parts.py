@@ -27,6 +27,7 @@ from cv2jax.config import UserError, load_config, override, validate
 from cv2jax.data.benchmark import benchmark_index, benchmark_loader
 from cv2jax.data.plan import make_plan
 from cv2jax.data.shards import Corpus
+from cv2jax.jobs.bench_lm import measure_lm_decode, measure_lm_train
 from cv2jax.jobs.bench_options import BenchOptions, Measurement
 from cv2jax.models.speech_tokenizer.config import official, tiny
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder
@@ -50,6 +51,9 @@ def measure(part: str, options: BenchOptions, place: pathlib.Path) -> list[Measu
     name, _, size = part.partition(":")
     if name == "encode":
         return measure_encode(options, size)
+    if name in ("lm-train", "lm-decode"):
+        figures = {"lm-train": measure_lm_train, "lm-decode": measure_lm_decode}[name](options, place)
+        return [_figure(name, *figure) for figure in figures]
     parts: dict[str, Callable[[BenchOptions, pathlib.Path], list[Measurement]]] = {
         "corpus": make_corpus,
         "prepare": measure_prepare,

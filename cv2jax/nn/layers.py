@@ -1,5 +1,6 @@
 """Dense layers, layer norm and embeddings whose parameters carry logical axis names at their true shape."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,34 @@ def fan_in_init(num_input_axes: int, num_axes: int, scale: float = 1.0) -> jax.n
 def partitioned(init: jax.nn.initializers.Initializer, axes: Axes) -> Callable[..., Any]:
     """`init` boxed with logical axis names; `Any` because `Module.param` hands out the array and not the box it is told."""
     return nn.with_logical_partitioning(init, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], num_axes: int, precision: str | None = None
+) -> Float[Array, "..."]:
+    """Contracts the last `num_axes` axes of x with the first ones of kernel; reverse mode only.
+
+    jax's own rule makes the kernel's gradient as its transpose, of which XLA on a CPU transposes an operand as large as
+    the activations; here it comes as it lies, which saves a tenth of a training step of the language model.
+    """
+    return jnp.tensordot(x, kernel, axes=num_axes, precision=precision)
+
+
+def _contract_forward(x: Array, kernel: Array, num_axes: int, precision: str | None) -> tuple[Array, Any]:
+    # Not `contract` itself: a remat policy has to see the product.
+    return jnp.tensordot(x, kernel, axes=num_axes, precision=precision), (x, kernel)
+
+
+def _contract_backward(num_axes: int, precision: str | None, saved: Any, gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows, outputs = range(x.ndim - num_axes), range(x.ndim - num_axes, gradient.ndim)
+    dot = functools.partial(jax.lax.dot_general, precision=precision)
+    to_x = dot(gradient, kernel, ((outputs, range(num_axes, kernel.ndim)), ((), ())))
+    return to_x, dot(x, gradient, ((rows, rows), ((), ())))
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Linear(nn.Module):
@@ -55,7 +84,7 @@ class Linear(nn.Module):
         n = self.num_input_axes
         init = partitioned(fan_in_init(n, len(self.shape), self.init_scale), self.axes)
         kernel = self.param("kernel", init, self.shape).astype(self.dtype)
-        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=n, precision=self.precision)
+        y = contract(x.astype(self.dtype), kernel, n, self.precision)
         if self.use_bias:
             # An output axis called "embed" is the residual stream: its bias is small, so it is replicated like a norm.
             names = tuple("norm" if name == "embed" else name for name in self.axes[n:])

@@ -81,7 +81,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     if batch_size % num_batch_shards(mesh):
         raise UserError(
             f"a batch of {batch_size} rows does not divide over data × fsdp = {num_batch_shards(mesh)} devices; "
-            f"set data.batch_multiple to a multiple of {num_batch_shards(mesh)}"
+            f"set data.batch_multiple (language model: data.batch_rows) to a multiple of {num_batch_shards(mesh)}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))

@@ -1,6 +1,7 @@
 """Logical axes to mesh axes: one table, strict about names, and every sharding derived from one abstract state."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +55,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def platform() -> str:
+    """The platform (cpu, gpu, tpu) of the mesh of `jax.set_mesh`, which may only be described, else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def map_local(
+    function: Callable[..., jax.Array],
+    args: Sequence[jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:
+    """function(*args) on each device's own part of the arrays: for kernels that XLA cannot split itself (Pallas).
+
+    `axes` and `out_axes` are the logical axes of the arguments and of the result, split under the mesh of `jax.set_mesh`
+    by RULES; one that the mesh does not divide in every argument stays whole. Without a mesh a plain call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*args)
+    rules = dict(RULES)
+    sizes = [
+        (name, n) for array, names in zip(args, axes, strict=True) for name, n in zip(names, array.shape, strict=True)
+    ]
+    whole = {name for name, size in sizes if name and size % _num_parts(mesh.shape, rules[name])}
+    spec = lambda names: PartitionSpec(*(None if n is None or n in whole else rules[n] for n in names))  # noqa: E731
+    in_specs = tuple(spec(names) for names in axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*args)
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -85,11 +116,12 @@ def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, A
 def _divisible(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
     mesh, spec = sharding.mesh, []
     for size, axes in zip(array.shape, tuple(sharding.spec) + (None,) * array.ndim, strict=False):
-        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        spec.append(axes if size % parts == 0 else None)
+        spec.append(axes if size % _num_parts(mesh.shape, axes) == 0 else None)
     while spec and spec[-1] is None:
         spec.pop()
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _num_parts(sizes: Mapping[str, int], axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(sizes[name] for name in names)

@@ -59,6 +59,57 @@ def make_sampler(options: SamplingOptions) -> Sampler:
     return lambda key, logp, recent, forbidden: sample(key, logp, forbidden, **shape)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestSampler:
+    """`sample_ras` for a decoder whose requests bring their own temperature, top_p and top_k.
+
+    Equal samplers are equal and hash alike: a jit that takes one as a static argument compiles once for them.
+    """
+
+    win_size: int = 10  # R, as in SamplingOptions
+    tau_r: float = 0.1
+    num_candidates: int = 25  # the most that top_k may ask for, and what 0 then means
+
+    def options(self, options: SamplingOptions) -> dict[str, float | int]:
+        """A request's row: temperature, top_p, top_k; UserError for invalid options or what this sampler cannot do."""
+        options.validate()
+        for name in ("win_size", "tau_r"):
+            if getattr(options, name) != getattr(self, name):
+                raise UserError(
+                    f"sampling.{name}={getattr(options, name)}: the decoder was built for {getattr(self, name)};"
+                    " requests that are decoded together share it"
+                )
+        if options.top_k > self.num_candidates:
+            raise UserError(
+                f"sampling.top_k={options.top_k}: the decoder was built for 0 to {self.num_candidates} candidates; ask"
+                " for fewer or build it with more"
+            )
+        return {"temperature": float(options.temperature), "top_p": float(options.top_p), "top_k": options.top_k}
+
+    def __call__(
+        self,
+        key: Key[Array, ""],
+        logp: Float[Array, " V"],
+        recent: Int[Array, " R"],
+        forbidden: Bool[Array, " V"],
+        options: dict[str, Array],
+    ) -> Int[Array, ""]:
+        """Draws one token; `options` are the request's row of `options`, as arrays that may be traced."""
+        return sample_ras(key, logp, recent, forbidden, tau_r=self.tau_r, num_candidates=self.num_candidates, **options)
+
+
+def make_request_sampler(options: SamplingOptions, num_candidates: int | None = None) -> RequestSampler:
+    """The sampler that serves requests with the win_size and tau_r of these options, which it validates.
+
+    `num_candidates` bounds every request's top_k, by default to that of the options; ValueError where that is 0.
+    """
+    options.validate()
+    bound = num_candidates or options.top_k
+    if not bound:
+        raise ValueError("top_k=0 sets no bound: give num_candidates, up to the size of the vocabulary")
+    return RequestSampler(win_size=options.win_size, tau_r=options.tau_r, num_candidates=bound)
+
+
 def nucleus_candidates(
     logp: Float[Array, "*B V"], top_p: Scalar, top_k: Count, num_candidates: int | None = None
 ) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
@@ -119,7 +170,7 @@ def sample_ras(
     """Repetition-aware sampling of one token, int32 (utils/common.py:138-167, spec/official.md 3.5).
 
     Draws as `sample`. If that token occurs at least R · tau_r times among the last R tokens, it is forbidden too and
-    one is drawn from all others, without nucleus. `recent` holds what was generated (no prompt, but fills), padded
+    one is drawn from all others, without nucleus. `recent` holds what was drawn (no prompt, no fill), padded
     with NO_TOKEN; full of those, it makes this `sample` with another use of the key. Temperature 0 is `greedy`: it may
     repeat.
     """

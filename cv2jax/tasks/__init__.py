@@ -6,10 +6,12 @@ from typing import Any
 
 from cv2jax.config import TrainConfig, UserError
 
+NO_TASKS = ("__init__", "free_run", "trained")
+
 
 def make_task(config: TrainConfig) -> Any:
     """The task a config names, as the loop's `Task`; UserError for a name without a file, or another task's model."""
-    known = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+    known = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("*.py") if p.stem not in NO_TASKS)
     if config.task not in known:
         raise UserError(f"task='{config.task}' is unknown; choose one of {', '.join(known)}")
     module = importlib.import_module(f"cv2jax.tasks.{config.task}")

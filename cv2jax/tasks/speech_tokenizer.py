@@ -1,6 +1,7 @@
 """The speech tokenizer stage: prepared speech → log-mel on the device → FSQ inside a recogniser → held-out error rates."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -22,9 +23,10 @@ from cv2jax.models.speech_tokenizer.features import speech_features
 from cv2jax.models.speech_tokenizer.loss import tokenizer_loss
 from cv2jax.models.speech_tokenizer.model import SpeechTokenizer, SpeechTokenizerOutput, init_model_state, init_params
 from cv2jax.parallel.distributed import global_batch, to_host
+from cv2jax.tasks.trained import load_params
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.train.optimizer import make_optimizer
-from cv2jax.train.state import TrainState, init_train_state
+from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
 from cv2jax.train.step import CompiledByShape, StepFunction, lower_evaluation, make_train_step
 
 MODEL_CONFIG = SpeechTokenizerConfig
@@ -42,6 +44,8 @@ class SpeechTokenizerTask:
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
         if config.model.num_mels != WHISPER_BINS:
             raise UserError(f"model.num_mels={config.model.num_mels}: the features have {WHISPER_BINS} bands; set that")
+        if config.lora.rank:
+            raise UserError(f"lora.rank={config.lora.rank}: only the language model has low-rank factors; set 0")
         self._data = data
         self.vocabulary = CharacterVocabulary.from_counts(data.train.characters)
         unknown = set(data.held_out.characters) - set(self.vocabulary.characters)
@@ -57,6 +61,7 @@ class SpeechTokenizerTask:
             dtype=dtype,
         )
         self.model_config.validate()
+        self._init_from = config.init_from
         self._optimizer = make_optimizer(config.optimizer, config.num_steps)
 
     def facts(self) -> dict[str, Any]:
@@ -74,6 +79,14 @@ class SpeechTokenizerTask:
         params_key, state_key = jax.random.split(key)
         params = init_params(self.model_config, params_key)
         return init_train_state(params, init_model_state(self.model_config, state_key), self._optimizer)
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        """The state at step 0 with the parameters of the run that `config.init_from` names."""
+        if not self._init_from:
+            return state
+        mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+        params, _ = load_params(self._init_from, functools.partial(init_params, self.model_config), mesh)
+        return restart(state, params, self._optimizer)
 
     def make_step(self) -> StepFunction:
         """Augment, teacher-force, cross-entropy and what else the config weighs."""
@@ -139,11 +152,11 @@ class SpeechTokenizerTask:
         )
 
         def evaluate(state: TrainState) -> dict[str, Any]:
-            levels = 3 if c.quantizer == "fsq" else None
+            params, levels = evaluation_params(state), 3 if c.quantizer == "fsq" else None
             score = RecognitionScore(self.vocabulary, 0 if c.quantizer == "none" else c.num_codes, levels)
             for size, local in self._data.judged(mesh, self.vocabulary.encode):
                 batch = global_batch(mesh, local, size)
-                score.add(to_host(compiled.for_batch(batch)(state.params, state.model_state, batch)))
+                score.add(to_host(compiled.for_batch(batch)(params, state.model_state, batch)))
             return score.metrics()
 
         return evaluate

@@ -46,6 +46,10 @@ class Task(Protocol):
         """The state at step 0 with logically partitioned parameters."""
         ...
 
+    def warm_start(self, state: TrainState) -> TrainState:
+        """The state of step 0 with the parameters that `config.init_from` names in place of its own."""
+        ...
+
     def make_step(self) -> StepFunction:
         """step(state, batch, key) → (state, metrics), not compiled."""
         ...
@@ -102,7 +106,7 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSign
             state = checkpoints.load(abstract)
             logging.info("resuming %s at step %d of %d", workdir, start, config.num_steps)
         else:
-            state = make_state(task.init_state, shardings, init_key)
+            state = task.warm_start(make_state(task.init_state, shardings, init_key))
         logging.info("%.3f M parameters", sum(x.size for x in jax.tree.leaves(state.params)) / 1e6)
         if stop.asked:  # before anything that takes minutes; nothing is new that would have to be saved
             logging.warning("asked to stop before step %d; the same command goes on from there", start + 1)

@@ -1,8 +1,9 @@
 """Optimizers from `OptimizerConfig`, on optax."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from cv2jax.config import OptimizerConfig
@@ -25,8 +26,11 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with decay on matrices only (decoupled, Loshchilov and Hutter 2019)."""
-    return optax.chain(
+    """Global-norm clip, then AdamW with decay on matrices only (decoupled, Loshchilov and Hutter 2019).
+
+    With `config.ema_decay` its state also holds a moving average of the parameters; see `evaluation_params`.
+    """
+    parts = [
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, num_steps),
@@ -36,7 +40,34 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             weight_decay=config.weight_decay,
             mask=_decay_mask,
         ),
-    )
+    ]
+    if config.ema_decay:
+        parts.append(average_params(config.ema_decay))
+    return optax.chain(*parts)
+
+
+class AverageState(NamedTuple):
+    """State of `average_params`."""
+
+    ema_params: Any  # fp32, of the shapes and shardings of the parameters
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps e ← decay · e + (1 - decay) · p of the updated parameters p, from their first values on.
+
+    The last of a chain: it passes updates on and must see the final ones. In the optimizer's state, where a skipped step
+    leaves it alone like the moments, and runs without it have the checkpoints that they always had.
+    """
+
+    def init(params: Any) -> AverageState:
+        # Copies: the train step is donated its state, and cannot be given one buffer twice.
+        return AverageState(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(optax.incremental_update(new, state.ema_params, 1 - decay))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decay_mask(params: Any) -> Any:

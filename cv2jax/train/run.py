@@ -6,7 +6,7 @@ import subprocess
 from typing import Any
 
 import cv2jax
-from cv2jax.config import TrainConfig, UserError, differences, to_dict
+from cv2jax.config import TrainConfig, UserError, differences, from_dict, to_dict
 
 # What may differ between a run and its resumption: none of it changes batches, draws or what is computed. Another mesh
 # sums in another order (numbers differ by rounding); logging and evaluation change which lines there are and what an
@@ -22,6 +22,8 @@ FREE_KEYS = (
     "compute_dtype",  # what it comes to on this machine is among the facts
     "model.remat",
     "data.corpus:",  # the corpus is compared by its hash, not by where it lies
+    "data.speech_tokenizer",  # only evaluations read with it
+    "init_from",  # a resumed run starts from its own checkpoint
     "data.num_workers",
     "data.num_threads",
     "data.prefetch",
@@ -39,9 +41,10 @@ def save_or_compare(
     mine = {"config": to_dict(config), "facts": json.loads(json.dumps(facts))}
     if started and path.is_file():
         theirs = load_run(workdir)
-        lines = [
-            line for line in differences(theirs["config"], mine["config"]) if not line.startswith(FREE_KEYS)
-        ] + differences(theirs["facts"], mine["facts"], "data: ")
+        # What a run of before does not name yet had the defaults.
+        known = to_dict(from_dict(TrainConfig, theirs["config"], model=type(config.model)))
+        lines = [line for line in differences(known, mine["config"]) if not line.startswith(FREE_KEYS)]
+        lines += differences(theirs["facts"], mine["facts"], "data: ")
         if lines:
             shown = "; ".join(_short(line) for line in lines[:6]) + (
                 f"; and {len(lines) - 6} more" if len(lines) > 6 else ""

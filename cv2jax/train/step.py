@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cv2jax.parallel.sharding import axis_rules, batch_sharding, replicated
-from cv2jax.train.state import TrainState
+from cv2jax.train.state import IsTrained, TrainState, combine, partition
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -26,22 +26,27 @@ LossFunction = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Met
 StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
-def make_train_step(loss: LossFunction, optimizer: optax.GradientTransformation) -> StepFunction:
+def make_train_step(
+    loss: LossFunction, optimizer: optax.GradientTransformation, is_trained: IsTrained | None = None
+) -> StepFunction:
     """step(state, batch, key) → (state, metrics): pure, not yet compiled.
 
     A step whose loss or gradient is not finite changes nothing but the counters; `key` is folded with the step, so a
-    resumed run draws what the unbroken one would have drawn.
+    resumed run draws what the unbroken one would have drawn. Parameters that `is_trained` does not name (None: all are)
+    have no gradient, do not count in its norm, and stay bit for bit.
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        def with_aux(params: Any) -> tuple[jax.Array, Any]:
+        trained, frozen = partition(state.params, is_trained)
+
+        def with_aux(trained: Any) -> tuple[jax.Array, Any]:
+            params = combine(frozen, trained)
             return loss(params, state.model_state, batch, jax.random.fold_in(key, state.step))
 
-        (value, (metrics, model_state)), gradients = jax.value_and_grad(with_aux, has_aux=True)(state.params)
+        (value, (metrics, model_state)), gradients = jax.value_and_grad(with_aux, has_aux=True)(trained)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -49,7 +54,7 @@ def make_train_step(loss: LossFunction, optimizer: optax.GradientTransformation)
         new_state = TrainState(
             step=state.step + 1,
             num_skipped=state.num_skipped + jnp.where(finite, 0, 1),
-            params=keep(params, state.params),
+            params=combine(frozen, keep(optax.apply_updates(trained, updates), trained)),
             opt_state=keep(opt_state, state.opt_state),
             model_state=keep(model_state, state.model_state),
         )

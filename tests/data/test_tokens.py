@@ -1,4 +1,4 @@
-"""The token files: both formats, whole or not there, a full disk."""
+"""The token files: both formats, whole or not there, a full disk; read in order and by id."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.data.tokens import TokenWriter
+from cv2jax.data.tokens import SpeechTokenFile, TokenWriter, read_speech_tokens
 
 TOKENS = np.arange(5, dtype=np.int32)
 
@@ -64,3 +64,92 @@ def test_what_cannot_be_written_is_one_line(tmp_path: pathlib.Path, monkeypatch:
     with pytest.raises(UserError, match="No space left"):
         write(tmp_path / "t.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def many(path: pathlib.Path, count: int = 300) -> dict[str, list[int]]:
+    random = np.random.default_rng(2)
+    expected = {}
+    with TokenWriter(path, {"tokenizer": "abc"}) as writer:
+        for number in random.permutation(count):
+            tokens = random.integers(0, 6561, number % 7).astype(np.int32)
+            writer.write(f"dir/ä {number}", "a.wav", tokens, num_frames=4, seconds=0.1)
+            expected[f"dir/ä {number}"] = tokens.tolist()
+    return expected
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "npz"])
+def test_tokens_are_read_in_order_and_by_id(tmp_path: pathlib.Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    expected = many(path)
+    read = list(read_speech_tokens(path))
+    assert {identity: tokens.tolist() for identity, tokens in read} == expected
+    assert [identity for identity, _ in read] == list(expected)
+    assert all(tokens.dtype == np.int32 for _, tokens in read)
+    file = SpeechTokenFile(path)
+    assert (len(file), file.tokenizer) == (300, "abc")
+    assert [identity for identity, _ in file] == list(expected)
+    for identity in sorted(expected):
+        assert identity in file
+        assert file.read(identity).tolist() == expected[identity]
+        assert file.read(identity).dtype == np.int32
+    for missing in ("dir/ä 300", "", "metadata", "\ud800"):
+        assert missing not in file
+        with pytest.raises(KeyError, match="holds no tokens"):
+            file.read(missing)
+
+
+def test_ids_with_one_hash_are_told_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv2jax.data.tokens._hash", lambda identity: len(identity) % 2)
+    expected = many(tmp_path / "t.jsonl", 30)
+    file = SpeechTokenFile(tmp_path / "t.jsonl")
+    assert {identity: file.read(identity).tolist() for identity in expected} == expected
+    assert "dir/ä 30" not in file
+
+
+LINE = '{"id": "a", "speech_tokens": [1, 2], "tokenizer": "abc"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no utterance"),
+        (LINE + LINE[:20], r"t\.jsonl: no whole token file \(line 2: JSONDecodeError"),
+        (LINE + "[1]\n", "line 2: TypeError"),
+        (LINE + '{"id": "b", "tokenizer": "abc"}\n', "line 2: KeyError: 'speech_tokens'"),
+        (LINE.replace('"a"', "7"), "line 1: ValueError: id and tokenizer must be strings"),
+        (LINE.replace("2]", "2.5]"), "line 1: ValueError: speech tokens must be a list of integers"),
+        (LINE.replace("2]", "[2]]"), "line 1: ValueError"),
+        (LINE.replace("2]", "99999999999]"), "line 1: ValueError: a speech token does not fit 32 bits"),
+        (LINE + LINE.replace("abc", "abd").replace('"a"', '"b"'), "line 2: made by tokenizer abd, those before by abc"),
+        (LINE + LINE.replace('"a"', '"b"') + LINE, 'id "a" occurs twice'),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path: pathlib.Path, text: str, message: str) -> None:
+    (tmp_path / "t.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        SpeechTokenFile(tmp_path / "t.jsonl")
+    assert "\n" not in str(error.value)
+    if "line" in message and "made by" not in message:
+        with pytest.raises(UserError, match=message):
+            list(read_speech_tokens(tmp_path / "t.jsonl"))
+
+
+def test_damaged_archives_and_missing_files_are_one_line(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "t.npz"
+    many(path)
+    data = path.read_bytes()
+    for read in (SpeechTokenFile, lambda path: list(read_speech_tokens(path))):
+        path.write_bytes(data[:-30])
+        with pytest.raises(UserError, match="no whole token file"):
+            read(path)
+        with pytest.raises(UserError, match=r"gone\.jsonl: cannot read \(No such file"):
+            read(tmp_path / "gone.jsonl")
+        with pytest.raises(UserError, match=r"\.jsonl or \.npz"):
+            read(tmp_path / "t.txt")
+    np.savez(path, a=TOKENS)
+    with pytest.raises(UserError, match="no whole token file"):
+        SpeechTokenFile(path)
+    at = data.index(b"NUMPY") + 200
+    path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    with pytest.raises(UserError, match="no whole token file"):
+        list(read_speech_tokens(path))

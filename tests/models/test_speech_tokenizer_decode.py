@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cv2jax.models.speech_tokenizer.asr import EOS_ID, ctc_greedy
-from cv2jax.models.speech_tokenizer.decode import transcribe
+from cv2jax.models.speech_tokenizer.decode import transcribe, transcribe_tokens
 from tests.models.small_tokenizer import SMALL, forward, make_batch, make_variables, small
 
 
@@ -15,16 +15,20 @@ def batch():
     return make_batch(num_rows=6)
 
 
-@pytest.fixture(scope="module")
-def variables():
+def make_heedful_variables(config):
     """Parameters whose decoder heeds position and speech and says eos now and then: rows end at different lengths."""
-    params, state = make_variables(SMALL, seed=2)
+    params, state = make_variables(config, seed=2)
     decoder = params["decoder"]
     decoder["positions"] = decoder["positions"] * 20
     decoder["blocks_0"]["cross_out"]["kernel"] = decoder["blocks_0"]["cross_out"]["kernel"] * 4
     eos = decoder["embedding"]["table"][EOS_ID]
     decoder["final_norm"]["bias"] = decoder["final_norm"]["bias"] + 0.3 * eos / jnp.linalg.norm(eos)
     return params, state
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return make_heedful_variables(SMALL)
 
 
 def decode(config, params, batch, size):
@@ -91,3 +95,28 @@ def test_ctc_and_speech_tokens_equal_the_forwards(variables, batch):
     jax.tree.map(np.testing.assert_array_equal, (heard.ctc_tokens, heard.num_ctc_tokens), want)
     np.testing.assert_array_equal(heard.speech_tokens, out.speech_tokens)
     np.testing.assert_array_equal(heard.num_speech_tokens, out.num_speech_tokens)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+def test_tokens_read_back_are_what_was_heard(batch, quantizer):
+    config = small(quantizer=quantizer)
+    params, state = make_heedful_variables(config)
+    size, codebook = config.max_text_tokens, (state,) if quantizer == "vq" else ()
+    hear, read = (jax.jit(f, static_argnums=(0, 4)) for f in (transcribe, transcribe_tokens))
+    heard = hear(config, params, batch["mel"], batch["num_frames"], size, *codebook)
+    tokens, num_tokens = read(config, params, heard.speech_tokens, heard.num_speech_tokens, size, *codebook)
+    np.testing.assert_array_equal(tokens, heard.text_tokens)
+    np.testing.assert_array_equal(num_tokens, heard.num_text_tokens)
+    # Nobody looks behind a row's end; what lies before it decides.
+    within = jnp.arange(heard.speech_tokens.shape[1]) < heard.num_speech_tokens[:, None]
+    for where in (~within, within):
+        changed = jnp.where(where, (heard.speech_tokens + 5) % config.num_codes, heard.speech_tokens)
+        again, _ = read(config, params, changed, heard.num_speech_tokens, size, *codebook)
+        assert bool(jnp.all(again == tokens)) is (where is not within)
+
+
+def test_without_a_quantizer_there_are_no_tokens_to_read(batch):
+    config = small(quantizer="none", pitch_weight=0.0)
+    params, state = make_variables(config)
+    with pytest.raises(ValueError, match="no tokens to understand"):
+        transcribe_tokens(config, params, jnp.zeros((2, 9), jnp.int32), jnp.array([9, 4]), 3, state)

@@ -10,7 +10,9 @@ import pytest
 
 from cv2jax.config import MeshConfig, UserError
 from cv2jax.models.text_speech_lm import model as lm
+from cv2jax.models.text_speech_lm.loss import next_token_loss
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config, config_from_hf, init_cache
+from cv2jax.models.text_speech_lm.sequence import IGNORE
 from cv2jax.nn.masks import causal_mask, key_mask, length_mask
 from cv2jax.nn.stack import stack_layers
 from cv2jax.parallel.mesh import make_mesh
@@ -51,6 +53,10 @@ def apply(params, tokens, kinds, lengths, config=CONFIG, **options):
     return lm.TextSpeechLm(config, **options).apply({"params": params}, tokens, kinds, positions, mask)
 
 
+def loss_of(logits, targets):
+    return next_token_loss(logits, jnp.asarray(targets, jnp.int32), num_speech_tokens=CONFIG.num_speech_tokens)
+
+
 def test_embeddings_logits_loss_and_accuracy_are_the_official_ones(params):
     golden, tokens, kinds, lengths = golden_batch()
     keep = np.asarray(length_mask(lengths, tokens.shape[1]))
@@ -58,10 +64,10 @@ def test_embeddings_logits_loss_and_accuracy_are_the_official_ones(params):
     np.testing.assert_allclose(np.asarray(x)[keep], golden["lm_input"][keep], atol=1e-6)
     out = apply(params, tokens, kinds, lengths)
     np.testing.assert_allclose(np.asarray(out.logits)[keep], golden["logits"][keep], atol=1e-4)
-    loss, metrics = lm.next_token_loss(out.logits, jnp.asarray(golden["lm_target"], jnp.int32))
+    loss, metrics = loss_of(out.logits, golden["lm_target"])
     assert float(loss) == pytest.approx(float(golden["loss"]), abs=1e-4)
     assert float(metrics["accuracy"]) == pytest.approx(float(golden["acc"]), abs=1e-6)
-    assert int(metrics["num_targets"]) == (golden["lm_target"] != lm.IGNORE).sum()
+    assert int(metrics["num_targets"]) == (golden["lm_target"] != IGNORE).sum()
 
 
 def test_decoding_with_a_cache_gives_the_official_probabilities(params):
@@ -130,8 +136,7 @@ def test_packed_segments_equal_rows_of_their_own(params):
         {"params": params}, join(tokens), join(kinds), positions, same & causal_mask(len(segments), len(segments))
     )
     np.testing.assert_allclose(packed.logits, join(alone), atol=1e-5)
-    targets = jnp.asarray(golden["lm_target"], jnp.int32)
-    loss, _ = lm.next_token_loss(packed.logits, join(targets))
+    loss, _ = loss_of(packed.logits, join(golden["lm_target"]))
     assert float(loss) == pytest.approx(float(golden["loss"]), abs=1e-5)
 
 
@@ -186,12 +191,6 @@ def test_parameters_start_as_upstream_and_number_what_the_official_model_has():
     backbone = 494_032_768  # Qwen2.5-0.5B, its tied text embedding included (spec/official.md 8.1)
     speech = 2 * 896 + 6564 * 896 + 896 * 6564 + 6564
     assert sum(a.size for a in jax.tree.leaves(shapes)) == backbone + speech
-
-
-def test_loss_without_a_target_is_zero_and_finite():
-    logits = jnp.full((2, 3, 5), 1e4)
-    loss, metrics = lm.next_token_loss(logits, jnp.full((2, 3), lm.IGNORE))
-    assert float(loss) == float(metrics["accuracy"]) == 0.0
 
 
 HF = {

@@ -1,12 +1,17 @@
 """`attend` against plain numpy."""
 
+import math
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cv2jax.nn import attention
 from cv2jax.nn.attention import attend
-from cv2jax.nn.masks import causal_mask, key_mask, length_mask
+from cv2jax.nn.masks import MaskSpec, causal_mask, key_mask, length_mask
 
 
 def draw(*shape, seed=0):
@@ -93,7 +98,114 @@ def test_softmax_is_float32_under_bfloat16(qkv):
 
 def test_bad_arguments(qkv):
     q, k, v = qkv
-    with pytest.raises(ValueError, match="known: 'xla'"):
+    with pytest.raises(ValueError, match="known: xla"):
+        attend(q, k, v, impl="flash")
+    with pytest.raises(ValueError, match=r"bfloat16 or float16, not cpu and float32"):
         attend(q, k, v, impl="cudnn")
     with pytest.raises(ValueError, match="3 key/value heads"):
         attend(q, k[:, :, :3], v[:, :, :3])
+    long = jnp.zeros((2, 200, 4, 8))
+    for impl in ("xla", "splash", "auto"):
+        with pytest.raises(ValueError, match="segments of length 199"):
+            attend(long, long, long, mask=MaskSpec(kind="causal", segments=jnp.zeros((2, 199), jnp.int32)), impl=impl)
+
+
+def packed(rows, length, seed=0):
+    """Segments of any length, padding at the end."""
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.integers(1, 4, (rows, length)), axis=1)
+    ids[np.arange(length) >= rng.integers(length // 2, length + 1, (rows, 1))] = 0
+    return jnp.asarray(ids, jnp.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_causal_blocks_are_the_dense_definition_with_its_gradients(seed, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention, "MAX_BLOCKS", 3)
+    rng = np.random.default_rng(seed)
+    rows, length, kv_heads, group = rng.integers((1, 9, 1, 1), (4, 60, 4, 8)).tolist()
+    heads = (kv_heads * group, kv_heads, kv_heads, kv_heads * group)
+    q, k, v, weights = (draw(rows, length, n, 6, seed=9 * seed + i) for i, n in enumerate(heads))
+    spec = MaskSpec(kind="causal", segments=packed(rows, length, seed) if seed else None)
+
+    @jax.jit
+    def pulled_back(mask):
+        y, pull = jax.vjp(lambda *qkv: attend(*qkv, mask=mask), q, k, v)
+        return y, *pull(weights)
+
+    for got, want in zip(pulled_back(spec), pulled_back(spec.array(length, length)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_causal_blocks_never_hold_all_logits():
+    q, k = jnp.zeros((1, 300, 4, 8)), jnp.zeros((1, 300, 2, 8))
+    loss = lambda mask: lambda q: jnp.sum(attend(q, k, k, mask=mask))  # noqa: E731
+    spec = MaskSpec(kind="causal", segments=jnp.ones((1, 300), jnp.int32))
+    sizes = lambda mask: max(  # noqa: E731
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(jax.grad(loss(mask)))(q)))
+    )
+    assert sizes(spec.array(300, 300)) == 4 * 300 * 300
+    assert sizes(spec) <= 4 * 128 * 300
+
+
+def test_causal_blocks_in_bfloat16():
+    q, k, v = draw(1, 150, 4, 8), draw(1, 150, 2, 8, seed=1), draw(1, 150, 2, 8, seed=2)
+    spec = MaskSpec(kind="causal", segments=packed(1, 150))
+    grads = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, mask=spec))), (0, 1, 2)))
+    want = grads(q, k, v)
+    got = grads(*(a.astype(jnp.bfloat16) for a in (q, k, v)))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "array"])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_what_cudnn_is_given_means_the_same_mask(kind, with_segments):
+    q, k, v = draw(2, 6, 4, 8), draw(2, 6, 2, 8, seed=1), draw(2, 6, 2, 8, seed=2)
+    segments = packed(2, 6) if with_segments else None
+    mask = key_mask(length_mask(jnp.array([3, 6]), 6)) if kind == "array" else MaskSpec(kind=kind, segments=segments)
+    is_causal, given = attention.cudnn_mask(mask, 6, 6)
+    assert given is None or given.shape[2:] == (6, 6)
+    got = jax.nn.dot_product_attention(q, k, v, mask=given, is_causal=is_causal, implementation="xla")
+    np.testing.assert_allclose(got, attend(q, k, v, mask=mask), atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_cudnn_on_a_gpu():
+    q, k, v = (a.astype(jnp.bfloat16) for a in (draw(2, 256, 14, 64), draw(2, 256, 2, 64, seed=1), draw(2, 256, 2, 64)))
+    mask = MaskSpec(kind="causal", segments=packed(2, 256))
+    run = lambda impl: jax.jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, mask=mask, impl=impl) ** 2), (0, 1, 2)))  # noqa: E731
+    for a, b in zip(run("cudnn")(q, k, v), run("xla")(q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.03 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("where", "capability", "dtype", "length", "mask", "want"),
+    [
+        ("cpu", "", "float32", 256, MaskSpec(), "xla"),
+        ("tpu", "", "float32", 256, MaskSpec(kind="causal"), "splash"),
+        ("tpu", "", "bfloat16", 256, None, "splash"),
+        ("tpu", "", "bfloat16", 200, None, "xla"),
+        ("tpu", "", "bfloat16", 256, "array", "xla"),
+        ("gpu", "9.0", "bfloat16", 256, "array", "cudnn"),
+        ("gpu", "8.6", "float16", 256, MaskSpec(kind="causal"), "cudnn"),
+        ("gpu", "9.0", "bfloat16", 1, None, "xla"),  # decoding
+        ("gpu", "9.0", "bfloat16", 255, None, "xla"),
+        ("gpu", "9.0", "float32", 256, None, "xla"),
+        ("gpu", "7.5", "float16", 256, None, "xla"),
+        ("gpu", "gfx942", "bfloat16", 256, None, "xla"),
+    ],
+)
+def test_auto_takes_what_can_run(where, capability, dtype, length, mask, want, monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: where)
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    q = jnp.zeros((1, length, 2, 64), dtype)
+    mask = jnp.ones((1, 1, length, length), bool) if isinstance(mask, str) else mask
+    assert attention._fastest(q, q, mask) == want
+
+
+def test_auto_runs_here(qkv):
+    np.testing.assert_array_equal(attend(*qkv, impl="auto"), attend(*qkv))

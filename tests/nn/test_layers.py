@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv2jax.nn.layers import Embedding, FeedForward, GatedFeedForward, LayerNorm, Linear, RmsNorm, gelu
+from cv2jax.nn.layers import Embedding, FeedForward, GatedFeedForward, LayerNorm, Linear, RmsNorm, contract, gelu
 from cv2jax.parallel.sharding import RULES
 
 
@@ -57,6 +57,32 @@ def test_linear_contracts_the_last_axes():
     params = randomize(layer.init(jax.random.key(0), x))
     want = x.reshape(2, 5, 12) @ params["params"]["kernel"].reshape(12, 6) + params["params"]["bias"]
     np.testing.assert_allclose(layer.apply(params, x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [((2, 5, 8), (8, 3, 4), 1), ((2, 5, 3, 4), (3, 4, 6), 2), ((7,), (7, 2), 1)])
+def test_gradients_of_a_contraction_are_jax_s_own(shapes):
+    x_shape, kernel_shape, num_axes = shapes
+    x, kernel = draw(*x_shape), draw(*kernel_shape, seed=1)
+    loss = lambda product, x, kernel: jnp.sum(jnp.sin(product(x, kernel, num_axes)))  # noqa: E731
+    got = jax.grad(loss, (1, 2))(contract, x, kernel)
+    want = jax.grad(loss, (1, 2))(jnp.tensordot, x, kernel)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rematerialisation_still_sees_the_products_of_a_contraction():
+    """The policy "dots" keeps what a plain product keeps: no product is computed twice."""
+
+    def count(product):
+        body = jax.checkpoint(
+            lambda x, kernel: jnp.sin(product(x, kernel, 1)),
+            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        )
+        jaxpr = jax.make_jaxpr(jax.grad(lambda x, kernel: jnp.sum(body(x, kernel)), (0, 1)))(draw(2, 8), draw(8, 8))
+        return str(jaxpr).count("dot_general[")
+
+    assert count(contract) == count(jnp.tensordot) == 3
 
 
 def test_linear_makes_heads_at_their_true_shape():

@@ -281,3 +281,39 @@ def test_options_that_cannot_be_meant(name, value):
         options.validate()
     with pytest.raises(UserError, match=rf"^sampling\.{name}="):
         sampling.make_sampler(options)
+
+
+def test_a_request_sampler_draws_as_the_sampler_of_its_options():
+    rows, all_keys, recent = random_rows(3), keys(3), jnp.full((3, 10), NO_TOKEN).at[:, 9].set(5)
+    asked = [SamplingOptions(), SamplingOptions(temperature=0.0, top_k=2), SamplingOptions(top_p=0.5, temperature=2.0)]
+    sampler, forbidden = sampling.make_request_sampler(asked[0]), jnp.zeros((3, 64), bool).at[:, 7].set(True)
+    table = [sampler.options(options) for options in asked]
+    columns = {name: jnp.array([row[name] for row in table]) for name in table[0]}
+    drawn = jax.jit(jax.vmap(sampler))(all_keys, rows, recent, forbidden, columns)
+    for row, options in enumerate(asked):
+        alone = sampling.make_sampler(options)(all_keys[row], rows[row], recent[row], forbidden[row])
+        assert int(drawn[row]) == int(alone)
+    again = sampling.make_request_sampler(SamplingOptions(temperature=0.5))
+    assert (again, hash(again)) == (sampler, hash(sampler))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 26}, r"^sampling\.top_k=26: the decoder was built for 0 to 25 candidates"),
+        ({"win_size": 4}, r"^sampling\.win_size=4: the decoder was built for 10"),
+        ({"tau_r": 0.2}, r"^sampling\.tau_r=0\.2: the decoder was built for 0\.1"),
+        ({"top_p": 0.0}, r"^sampling\.top_p=0\.0: must be above 0"),
+    ],
+)
+def test_a_request_sampler_refuses_what_it_was_not_built_for(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        sampling.RequestSampler().options(SamplingOptions(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_a_request_sampler_without_a_bound_on_candidates_takes_every_token():
+    with pytest.raises(ValueError, match="give num_candidates"):
+        sampling.make_request_sampler(SamplingOptions(top_k=0))
+    sampler = sampling.make_request_sampler(SamplingOptions(top_k=0), num_candidates=64)
+    assert sampler.options(SamplingOptions(top_k=0))["top_k"] == 0

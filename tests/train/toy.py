@@ -32,6 +32,9 @@ class ToyTask:
     def _optimizer(self):
         return make_optimizer(self.config.optimizer, self.config.num_steps)
 
+    def warm_start(self, state):
+        return state
+
     def make_step(self):
         def loss(params, model_state, batch, key):
             x = jnp.pad(batch["x"], ((0, 0), (0, WIDTH - batch["x"].shape[1])))

@@ -52,6 +52,21 @@ def transcribe(
     )
 
 
+def transcribe_tokens(
+    config: SpeechTokenizerConfig,
+    params: PyTree,
+    speech_tokens: Int[Array, "B L"],
+    num_speech_tokens: Int[Array, " B"],
+    max_text_tokens: int,
+    model_state: PyTree = None,
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """What the attention decoder hears in speech tokens, whoever made them; arguments and result as `decode_memory`."""
+    model, state = SpeechTokenizer(config), {} if model_state is None else model_state
+    inputs = (speech_tokens, num_speech_tokens, state)
+    memory, mask = cast(Any, model.apply({"params": params}, *inputs, method="understand_tokens"))
+    return decode_memory(config, params, memory, mask, max_text_tokens)
+
+
 def decode_memory(
     config: SpeechTokenizerConfig,
     params: PyTree,

@@ -15,7 +15,7 @@ from cv2jax.models.speech_tokenizer import vq
 from cv2jax.models.speech_tokenizer.asr import TextDecoder, teacher_forcing
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.encoder import EncoderStack, SpeechEncoder
-from cv2jax.models.speech_tokenizer.fsq import FiniteScalarQuantizer
+from cv2jax.models.speech_tokenizer.fsq import FiniteScalarQuantizer, ids_to_digits
 from cv2jax.nn.layers import Linear
 from cv2jax.nn.masks import length_mask
 
@@ -170,6 +170,18 @@ class SpeechTokenizer(nn.Module):
         """The encoding, what the decoder attends to (Encoder2's output) and its valid positions, without dropout."""
         encoding = self.encode(mel, num_frames, model_state)
         return encoding, *self._understand(encoding, True)
+
+    def understand_tokens(
+        self, speech_tokens: Int[Array, "B L"], num_speech_tokens: Int[Array, " B"], model_state: PyTree
+    ) -> tuple[Float[Array, "B L D"], Bool[Array, "B L"]]:
+        """What the decoder attends to, from speech tokens instead of speech; ValueError without a quantizer."""
+        c = self.config
+        if c.quantizer == "none":
+            raise ValueError("without a quantizer there are no tokens to understand")
+        is_fsq = c.quantizer == "fsq"
+        codes = ids_to_digits(speech_tokens, c.fsq_dim) if is_fsq else model_state.codebook[speech_tokens]
+        mask = length_mask(num_speech_tokens, speech_tokens.shape[1])
+        return self.encoder2(self.project_up(codes), mask, deterministic=True), mask
 
     def decode_step(
         self,

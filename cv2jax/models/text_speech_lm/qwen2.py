@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from cv2jax.config import UserError
 from cv2jax.nn.attention import attend
 from cv2jax.nn.layers import GatedFeedForward, Linear, RmsNorm
+from cv2jax.nn.masks import MaskSpec
 from cv2jax.nn.rope import apply_rope, rope_angles
 from cv2jax.nn.stack import REMAT_POLICIES, apply_stack
 from cv2jax.parallel.sharding import constrain
 
 # Keys of a Hugging Face config.json and our fields.
-_HF_FIELDS = {
+HF_FIELDS = {
     "vocab_size": "vocabulary_size",
     "hidden_size": "width",
     "intermediate_size": "mlp_dim",
@@ -37,7 +38,7 @@ _HF_FIELDS = {
 class Qwen2Config:
     """Sizes of a Qwen2 or Qwen2.5 decoder; the defaults are those of Qwen2.5-0.5B, the backbone of CosyVoice 2."""
 
-    vocabulary_size: int = 151_936  # text tokens
+    vocabulary_size: int = 151_936  # text tokens; the training task takes 0 for as many as the corpus has
     width: int = 896
     mlp_dim: int = 4864
     num_layers: int = 24
@@ -56,7 +57,8 @@ class Qwen2Config:
 
     def validate(self) -> None:
         """Raises UserError, naming the field, its value and the mend, for sizes that cannot work."""
-        for name in ("vocabulary_size", "width", "mlp_dim", "num_layers", "num_heads", "num_kv_heads"):
+        self._require(self.vocabulary_size >= 0, "vocabulary_size", "must not be negative")
+        for name in ("width", "mlp_dim", "num_layers", "num_heads", "num_kv_heads"):
             self._require(getattr(self, name) > 0, name, "must be positive")
         self._require(self.width % self.num_heads == 0, "width", f"must be a multiple of num_heads={self.num_heads}")
         self._require(
@@ -91,10 +93,10 @@ def config_from_hf(values: Mapping[str, Any], place: str) -> Qwen2Config:
         raise UserError(f"{place}: use_sliding_window is on; only full attention is supported")
     defaults = {"rope_theta": rope.get("rope_theta", 1e6), "rms_norm_eps": 1e-6}
     values = {**defaults, **values}
-    missing = [key for key in _HF_FIELDS if key not in values]
+    missing = [key for key in HF_FIELDS if key not in values]
     if missing:
         raise UserError(f"{place}: lacks {', '.join(missing)}")
-    sizes: dict[str, Any] = {ours: values[theirs] for theirs, ours in _HF_FIELDS.items()}
+    sizes: dict[str, Any] = {ours: values[theirs] for theirs, ours in HF_FIELDS.items()}
     config = Qwen2Config(**sizes)
     config.validate()
     if values.get("head_dim") not in (None, config.head_dim):
@@ -119,7 +121,7 @@ class Qwen2Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         cache: dict[str, Array] | None,
-        mask: Bool[Array, "#B 1 #T S"],
+        mask: Bool[Array, "#B 1 #T S"] | MaskSpec,
         angles: Float[Array, "B T C_half"],
         start: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
@@ -147,9 +149,13 @@ class Qwen2Attention(nn.Module):
 def _write(
     cache: Float[Array, "B S K C"], new: Float[Array, "B T K C"], start: Int[Array, " B"]
 ) -> Float[Array, "B S K C"]:
-    """Writes each row's T new entries from its own position on."""
-    write_row = lambda row, values, at: jax.lax.dynamic_update_slice_in_dim(row, values, at, axis=0)  # noqa: E731
-    return jax.vmap(write_row)(cache, new.astype(cache.dtype), start)
+    """Writes each row's T new entries from its own position on; what would lie behind the end is dropped.
+
+    (A dynamic_update_slice would move the whole block forward until it fits, onto entries that count.)
+    """
+    places = start[:, None] + jnp.arange(new.shape[1])
+    write_row = lambda row, values, at: row.at[at].set(values, mode="drop", unique_indices=True)  # noqa: E731
+    return jax.vmap(write_row)(cache, new.astype(cache.dtype), places)
 
 
 class Qwen2Block(nn.Module):
@@ -167,7 +173,7 @@ class Qwen2Block(nn.Module):
         x: Float[Array, "B T D"],
         cache: dict[str, Array] | None,
         deterministic: bool,
-        mask: Bool[Array, "#B 1 #T S"],
+        mask: Bool[Array, "#B 1 #T S"] | MaskSpec,
         angles: Float[Array, "B T C_half"],
         start: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None]:
@@ -195,7 +201,7 @@ class Qwen2Backbone(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B 1 #T S"],
+        mask: Bool[Array, "#B 1 #T S"] | MaskSpec,
         *,
         cache: PyTree = None,
         start: Int[Array, " B"] | None = None,
@@ -212,11 +218,25 @@ class Qwen2Backbone(nn.Module):
         fields = {"config": c, "impl": self.impl}
         options = {"num_layers": c.num_layers, "remat": c.remat, "scan": c.scan_layers}
         shared = (mask, angles, start)
-        x, cache = apply_stack(Qwen2Block, fields, x.astype(c.dtype), cache, *shared, deterministic=True, **options)
+        x = x.astype(c.dtype)
+        if isinstance(cache, tuple):
+            layers = []
+            for i, layer in enumerate(cache):
+                x, layer = Qwen2Block(**fields, name=f"blocks_{i}")(x, layer, True, *shared)
+                layers.append(layer)
+            cache = tuple(layers)
+        else:
+            x, cache = apply_stack(Qwen2Block, fields, x, cache, *shared, deterministic=True, **options)
         return RmsNorm(c.norm_epsilon, name="final_norm")(x), cache
 
 
-def init_cache(config: Qwen2Config, batch_size: int, length: int) -> dict[str, Float[Array, "N B S K C"]]:
-    """Empty key/value caches of all layers for `length` positions, in the computation dtype."""
-    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-    return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
+def init_cache(config: Qwen2Config, batch_size: int, length: int) -> PyTree:
+    """Empty key/value caches `k`, `v` of all layers for `length` positions, in the computation dtype.
+
+    For scanned layers one dict of arrays [N B S K C]; else a tuple of N dicts of arrays [B S K C], which a loop updates
+    in place, where stacking them would copy every entry at every token.
+    """
+    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
+    if config.scan_layers:
+        return {name: jnp.zeros((config.num_layers, *shape), config.dtype) for name in ("k", "v")}
+    return tuple({name: jnp.zeros(shape, config.dtype) for name in ("k", "v")} for _ in range(config.num_layers))

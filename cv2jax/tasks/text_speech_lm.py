@@ -1,0 +1,175 @@
+"""The language model stage: a token corpus, packed → next-token loss → what it says freely, read by the tokenizer's ASR."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from cv2jax.config import TrainConfig, UserError
+from cv2jax.convert.qwen import load_backbone
+from cv2jax.data.batch import Batch
+from cv2jax.data.token_batches import LayOut, TokenBatches
+from cv2jax.data.token_corpus import TokenRecord
+from cv2jax.evaluation.free_running import mean_metrics
+from cv2jax.models.text_speech_lm.loss import packed_loss
+from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
+from cv2jax.models.text_speech_lm.sequence import build_row, is_bistream, row_length
+from cv2jax.parallel.distributed import global_batch, to_host
+from cv2jax.parallel.sharding import axis_rules
+from cv2jax.tasks.free_run import FreeRun
+from cv2jax.tasks.trained import load_params
+from cv2jax.text.tokenizer import check_same_tokenizer, load_text_tokenizer
+from cv2jax.train.lora import add_lora, effective_params, trained_by
+from cv2jax.train.optimizer import make_optimizer
+from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
+from cv2jax.train.step import CompiledByShape, StepFunction, lower_evaluation, make_train_step
+
+MODEL_CONFIG = TextSpeechLmConfig
+
+
+def make_task(config: TrainConfig) -> "TextSpeechLmTask":
+    """The task on the token corpus that `config.data` names."""
+    return TextSpeechLmTask(config, TokenBatches(config, overhead=int(row_length(0, 0))))
+
+
+def lay_out(record: TokenRecord, coin: float, *, config: TextSpeechLmConfig, max_length: int) -> Any:
+    """An utterance's row: interleaved where its coin says so and its speech is long enough, else the whole text first."""
+    num_text, num_speech, ratio = len(record.text_tokens), len(record.speech_tokens), config.ratio
+    return build_row(
+        record.text_tokens,
+        record.speech_tokens,
+        bistream=bool(is_bistream(coin, num_text, num_speech, ratio)),
+        text_vocabulary_size=config.backbone.vocabulary_size,
+        num_speech_tokens=config.num_speech_tokens,
+        ratio=ratio,
+        max_length=max_length,
+        name=f"utterance {record.id!r}",
+    )
+
+
+class TextSpeechLmTask:
+    """Trains and evaluates a `TextSpeechLm`; the corpus gives the text vocabulary where the model leaves it open."""
+
+    def __init__(self, config: TrainConfig, data: TokenBatches) -> None:
+        self._config, self._data = config, data
+        self.model_config = _fit_to_corpus(config, data)
+        self._lay_out: LayOut = functools.partial(lay_out, config=self.model_config, max_length=config.data.row_length)
+        self._optimizer = make_optimizer(config.optimizer, config.num_steps)
+        self._is_trained = trained_by(config.lora)
+        self._free_run = FreeRun(config, self.model_config, data)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the numbers besides the config; with the checkpoint, all that decoding needs."""
+        model = dataclasses.asdict(self.model_config)
+        for name in ("remat", "scan_layers"):
+            model["backbone"].pop(name)
+        return {
+            "corpus_hash": self._data.corpus.hash,
+            "plan_hash": self._data.plan.hash,
+            "text_tokenizer": self._data.corpus.metadata.text_tokenizer,
+            "speech_tokenizer": self._data.corpus.metadata.speech_tokenizer,
+            "prefix": self._data.corpus.metadata.prefix,
+            "model": model,
+        }
+
+    def init_state(self, key: jax.Array) -> TrainState:
+        """The state at step 0, boxed with logical axes."""
+        params_key, lora_key = jax.random.split(key)
+        params = add_lora(init_params(self.model_config, params_key), self._config.lora, lora_key)
+        return init_train_state(params, {}, self._optimizer, self._is_trained)
+
+    def warm_start(self, state: TrainState) -> TrainState:
+        """The state at step 0 with the weights that `config.init_from` names, of a run or of a Qwen2 directory."""
+        place = self._config.init_from
+        if not place:
+            return state
+        if (pathlib.Path(place) / "config.json").is_file():
+            if (pathlib.Path(place) / "tokenizer_config.json").is_file():
+                ours = load_text_tokenizer(self._data.corpus.text_tokenizer)
+                theirs = load_text_tokenizer(place, single_chinese=ours.single_chinese)
+                check_same_tokenizer(ours, theirs.hash, place)
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
+            params: Any = load_backbone(place, self.model_config.backbone, abstract)
+        else:
+            mesh = jax.tree.leaves(state.params)[0].sharding.mesh
+            params, run = load_params(place, functools.partial(init_params, self.model_config), mesh)
+            check_same_tokenizer(
+                load_text_tokenizer(self._data.corpus.text_tokenizer), run["facts"]["text_tokenizer"], place
+            )
+        logging.info("starting from the weights in %s", place)
+        return restart(state, params, self._optimizer, self._is_trained)
+
+    def make_step(self) -> StepFunction:
+        """The loss of packed rows and its gradient, of all parameters or of the low-rank factors."""
+
+        def loss(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
+            value, metrics = packed_loss(self.model_config, effective_params(params, self._config.lora), batch)
+            return value, (metrics, model_state)
+
+        return make_train_step(loss, self._optimizer, self._is_trained)
+
+    def batch_specs(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """One: packed rows have one shape."""
+        return [self._data.shapes()]
+
+    def batch_sizes(self) -> set[int]:
+        """Of training and evaluation."""
+        return {self._config.data.batch_rows}
+
+    def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
+        """This process's rows of each step's batch."""
+        return self._data.training(start_step, num_steps, mesh, self._lay_out)
+
+    def utterance_ids(self, step: int) -> list[str]:
+        """Manifest ids of the utterances in each of a step's rows."""
+        return self._data.utterance_ids(step)
+
+    def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
+        """Teacher-forced metrics of the held-out utterances, and what is said freely for their texts.
+
+        Decoding compiles at its first call.
+        """
+        lora = self._config.lora
+
+        def forced(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return packed_loss(self.model_config, effective_params(params, lora), batch)[1]
+
+        specs = [self._data.shapes()]
+        compiled = CompiledByShape("the evaluation", lambda s: lower_evaluation(forced, abstract, s, mesh), specs)
+        merge = jax.jit(lambda params: effective_params(params, lora))
+
+        def evaluate(state: TrainState) -> dict[str, Any]:
+            params, metrics = evaluation_params(state), []
+            for size, local in self._data.judged(mesh, self._lay_out):
+                batch = global_batch(mesh, local, size)
+                metrics.append(to_host(compiled.for_batch(batch)(params, state.model_state, batch)))
+            with jax.set_mesh(mesh), axis_rules():
+                merged = merge(params) if lora.rank else params
+                return mean_metrics(metrics) | self._free_run.metrics(merged)
+
+        return evaluate
+
+
+def _fit_to_corpus(config: TrainConfig, data: TokenBatches) -> TextSpeechLmConfig:
+    """The model's config with the corpus's text vocabulary, if it leaves that open, and this machine's dtype."""
+    metadata, model = data.corpus.metadata, config.model
+    size = model.backbone.vocabulary_size or metadata.vocabulary_size
+    for name, ours, theirs in (
+        ("backbone.vocabulary_size", size, metadata.vocabulary_size),
+        ("num_speech_tokens", model.num_speech_tokens, metadata.num_codes),
+    ):
+        if ours < theirs:
+            raise UserError(f"model.{name}={ours}: the corpus {config.data.corpus} has {theirs} tokens; set that")
+    dtype = config.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    backbone = dataclasses.replace(model.backbone, vocabulary_size=size, dtype=dtype)
+    fitted = dataclasses.replace(model, backbone=backbone)
+    fitted.validate()
+    backbone.validate()
+    return fitted

@@ -1,0 +1,165 @@
+"""What a stage takes from runs that are trained already: parameters to start from or to export, a recogniser."""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import Integer
+
+from cv2jax.config import LoraConfig, OptimizerConfig, UserError, from_dict
+from cv2jax.data.token_corpus import TEXT_TOKENIZER
+from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
+from cv2jax.models.speech_tokenizer.decode import transcribe_tokens
+from cv2jax.models.speech_tokenizer.model import init_model_state, init_params
+from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
+from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
+from cv2jax.parallel.sharding import abstract_state
+from cv2jax.text.characters import CharacterVocabulary
+from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
+from cv2jax.train.checkpoint import load_subtree
+from cv2jax.train.lora import add_lora, effective_params, trained_by
+from cv2jax.train.optimizer import AverageState, make_optimizer
+from cv2jax.train.run import load_run
+from cv2jax.train.state import TrainState, combine, init_train_state, partition
+
+InitParams = Callable[[jax.Array], Any]  # key → boxed parameters
+_LENGTH_MULTIPLE = 128  # speech tokens: few shapes to compile
+
+
+def find_step(run: str | os.PathLike[str], step: int | None = None) -> int:
+    """The newest step of which a run's workdir has a checkpoint, or `step` if it has that; UserError where it has not."""
+    checkpoints = pathlib.Path(run) / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    if not steps:
+        raise UserError(f"no checkpoint in {checkpoints}; train first, or give the directory of a run")
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {checkpoints}; choose one of {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+def load_params(
+    run: str | os.PathLike[str],
+    init: InitParams,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    merge: bool = True,
+) -> tuple[Any, dict[str, Any]]:
+    """(parameters of a checkpoint in a run's workdir, sharded over the mesh; what `run.json` says).
+
+    Args:
+      run: the workdir. init: makes the model's boxed parameters.
+      step: of the checkpoint; default: the newest.
+      ema: take the moving average of what was trained, where the run keeps one.
+      merge: add a low-rank adaptation to its kernels; else its factors lie under LORA.
+
+    Raises: UserError where there is no run or no such checkpoint, and where it is of another model.
+    """
+    run = pathlib.Path(run)
+    described = load_run(run)
+    step = find_step(run, step)
+    config = described["config"]
+    lora = from_dict(LoraConfig, config.get("lora", {}))
+    optimizer_config = from_dict(OptimizerConfig, config.get("optimizer", {}))
+
+    def init_state(key: jax.Array) -> TrainState:
+        optimizer = make_optimizer(optimizer_config, config.get("num_steps", 1))
+        return init_train_state(add_lora(init(key), lora, key), {}, optimizer, trained_by(lora))
+
+    abstract, _ = abstract_state(init_state, mesh)
+    wanted = {"params": abstract.params}
+    if ema and optimizer_config.ema_decay:  # in place of what was trained
+        _, frozen = partition(abstract.params, trained_by(lora))
+        is_average = lambda part: isinstance(part, AverageState)  # noqa: E731
+        # Orbax wants the whole structure of a tuple, but its other leaves may be None.
+        average = jax.tree.map(lambda part: part if is_average(part) else None, abstract.opt_state, is_leaf=is_average)
+        wanted = {"opt_state": average} | ({"params": frozen} if frozen else {})
+    loaded = load_subtree(run / "checkpoints", wanted, step)
+    params = combine(loaded.get("params", {}), optax.tree.get(loaded.get("opt_state"), "ema_params", {}))
+    return (jax.jit(effective_params, static_argnums=1)(params, lora) if merge and lora.rank else params), described
+
+
+def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]) -> TextSpeechLmConfig:
+    """The language model of which `run.json` (`described`) tells, in fp32 and with the layers as its checkpoints have them.
+
+    Raises UserError where `run` is a run of another stage.
+    """
+    task, facts = described["config"].get("task"), described["facts"]
+    if task != "text_speech_lm" or not {"model", "text_tokenizer"} <= set(facts):
+        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a text_speech_lm")
+    # Not among the facts: layers in one tree or in one each are the same model.
+    scan_layers = described["config"]["model"]["backbone"]["scan_layers"]
+    backbone = facts["model"]["backbone"] | {"dtype": "float32", "remat": "none", "scan_layers": scan_layers}
+    return from_dict(TextSpeechLmConfig, facts["model"] | {"backbone": backbone})
+
+
+def find_text_tokenizer(described: dict[str, Any], run: str | os.PathLike[str], place: str = "") -> TextTokenizer:
+    """The text tokenizer of a language model's run, in the directory `place` or, by default, in the run's corpus.
+
+    Raises UserError where there is none, and for one whose hash is not that of the run.
+    """
+    expected, corpus = described["facts"]["text_tokenizer"], described["config"].get("data", {}).get("corpus", "")
+    where = pathlib.Path(place or pathlib.Path(corpus, TEXT_TOKENIZER))
+    if not place and not where.is_dir():
+        raise UserError(f"{where}: the text tokenizer of {run} is gone or moved; give its --text_tokenizer")
+    tokenizer = load_text_tokenizer(where)
+    if tokenizer.hash != expected:
+        raise UserError(
+            f"--text_tokenizer {where}: its text tokenizer {tokenizer.hash[:12]} is not that of {run}, {expected[:12]};"
+            " give the one that made the corpus's text tokens"
+        )
+    return tokenizer
+
+
+class TokenReader:
+    """The recogniser of a speech tokenizer's run, on this process's first device.
+
+    Raises UserError for a directory that is no such run, and for one whose tokenizer's hash is not `expected`.
+    """
+
+    def __init__(self, run: str, expected: str) -> None:
+        facts = load_run(pathlib.Path(run))["facts"]
+        if "quantizer" not in facts.get("model", {}) or facts["model"]["quantizer"] == "none":
+            raise UserError(f"data.speech_tokenizer={run}: is no run of a speech tokenizer with a codebook")
+        config = self._config = from_dict(SpeechTokenizerConfig, facts["model"] | {"dtype": "float32", "remat": "none"})
+        self._vocabulary = CharacterVocabulary.from_json(facts["vocabulary"], f"{run}/run.json")
+        shapes = jax.eval_shape(
+            lambda key: nn.unbox({"params": init_params(config, key), "model_state": init_model_state(config, key)}),
+            jax.random.key(0),
+        )
+        where = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
+        loaded = load_subtree(pathlib.Path(run) / "checkpoints", abstract, find_step(run))
+        self._params, self._model_state = loaded["params"], loaded["model_state"]
+        found = tokenizer_hash(config, self._params, self._model_state)
+        if found != expected:
+            raise UserError(
+                f"data.speech_tokenizer={run}: its tokenizer {found[:12]} did not make the corpus's tokens, which are of"
+                f" {expected[:12]}; give the run that made them"
+            )
+        self._transcribe = jax.jit(transcribe_tokens, static_argnums=(0, 4))
+
+    def read(self, speech_tokens: Sequence[Integer[np.ndarray, "_"]]) -> list[str]:
+        """What is heard in each."""
+        longest = max([1, *map(len, speech_tokens)])
+        ids = np.zeros((len(speech_tokens), -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE), np.int32)
+        for row, tokens in zip(ids, speech_tokens, strict=True):
+            row[: len(tokens)] = tokens
+        counts = np.array([len(tokens) for tokens in speech_tokens], np.int32)
+        heard: Any = self._transcribe(
+            self._config, self._params, ids, np.maximum(counts, 1), self._config.max_text_tokens, self._model_state
+        )
+        text, num_text = (np.asarray(a) for a in heard)
+        return [
+            self._vocabulary.decode(text[i, : num_text[i]]).replace("\N{REPLACEMENT CHARACTER}", "?")
+            if counts[i]
+            else ""
+            for i in range(len(ids))
+        ]

@@ -1,0 +1,214 @@
+"""The language model task: same loss on every mesh, packed = unpacked, resume, what it evaluates, where it starts from."""
+
+import dataclasses
+import json
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv2jax.config import MeshConfig, UserError, load_config, override
+from cv2jax.convert.qwen import save_backbone
+from cv2jax.data.token_corpus import TokenCorpus
+from cv2jax.models.text_speech_lm.loss import next_token_loss
+from cv2jax.models.text_speech_lm.model import TextSpeechLm, init_params
+from cv2jax.models.text_speech_lm.sequence import collate
+from cv2jax.parallel.distributed import global_batch
+from cv2jax.parallel.mesh import make_mesh
+from cv2jax.parallel.sharding import abstract_state
+from cv2jax.tasks import make_task
+from cv2jax.tasks.text_speech_lm import lay_out
+from cv2jax.train.loop import train
+from cv2jax.train.lora import LORA
+from cv2jax.train.metrics import TIME_FIELDS, read_metrics
+from cv2jax.train.state import make_state
+from cv2jax.train.step import compile_steps
+from tests.small_token_corpus import NUM_CODES, SMALL_LM, make_small_token_corpus
+
+SMALL = [*SMALL_LM, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_small_token_corpus(tmp_path_factory.mktemp("corpus") / "tokens")
+
+
+def small_config(corpus, *sets):
+    return override(load_config("text_speech_lm_tiny"), [f"data.corpus={corpus}", *SMALL, *sets])
+
+
+def first_steps(config, mesh_config, num_devices, num_steps=3):
+    task = make_task(config)
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    abstract, shardings = abstract_state(task.init_state, mesh)
+    steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
+    state = task.warm_start(make_state(task.init_state, shardings, jax.random.key(0)))
+    start, got = jax.device_get(state.params), []
+    for _, size, local in task.batches(0, num_steps, mesh):
+        batch = global_batch(mesh, local, size)
+        state, metrics = steps.for_batch(batch)(state, batch, jax.random.key(1))
+        got.append((float(metrics["loss"]), int(metrics["batch_hash"])))
+    return got, start, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device(corpus):
+    return first_steps(small_config(corpus), MeshConfig(), 1)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(4, 1, 1), (1, 4, 1), (1, 2, 2)], ids=lambda x: str(x))
+def test_the_loss_is_the_same_on_every_mesh(corpus, on_one_device, data, fsdp, tensor):
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    got, _, _ = first_steps(small_config(corpus), mesh, data * fsdp * tensor)
+    assert [h for _, h in got] == [h for _, h in on_one_device[0]]
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in on_one_device[0]], rtol=1e-5)
+
+
+def test_scan_remat_chunks_and_layout_of_the_loss_change_nothing(corpus, on_one_device):
+    sets = ("model.backbone.remat=full", "model.loss_chunk=48")
+    got, _, _ = first_steps(small_config(corpus, *sets), MeshConfig(), 1)
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in on_one_device[0]], rtol=1e-5)
+
+
+def test_packed_rows_have_the_loss_of_rows_of_their_own(corpus, on_one_device):
+    task = make_task(small_config(corpus))
+    _, _, packed = next(task.batches(0, 1, make_mesh(MeshConfig(), jax.devices()[:1])))
+    members = [(row, int(u)) for row, line in enumerate(packed["utterance"]) for u in line if u >= 0]
+    split, model = TokenCorpus(corpus).split("train"), task.model_config
+    rows = []
+    for row, utterance in members:  # as the coin fell
+        either = [lay_out(split.read(utterance), coin, config=model, max_length=128) for coin in (0.9, 0.1)]
+        rows.append(next(laid for laid in either if contains(packed["targets"][row], laid.targets)))
+    batch = {name: jnp.asarray(array) for name, array in collate(rows, 64).items()}
+    positions, mask = jnp.broadcast_to(jnp.arange(64), batch["token"].shape), jnp.tril(jnp.ones((64, 64), bool))
+    params = jax.tree.map(jnp.asarray, on_one_device[1])
+    arrays = (batch["token"], batch["kind"], positions, mask[None, None])
+    logits = TextSpeechLm(model).apply({"params": params}, *arrays).logits
+    loss, metrics = next_token_loss(logits, batch["targets"], num_speech_tokens=NUM_CODES)
+    assert int(metrics["num_targets"]) == int(np.sum(packed["targets"] >= 0))
+    assert len(rows) > len(packed["targets"])
+    np.testing.assert_allclose(float(loss), on_one_device[0][0][0], rtol=1e-5)
+
+
+def contains(row, piece):
+    windows = np.lib.stride_tricks.sliding_window_view(row, len(piece))
+    return bool(np.any(np.all(windows == piece, axis=1)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    config = small_config(corpus)
+    assert train(make_task(config), config, workdir) == 0
+    return workdir
+
+
+def record_of(workdir):
+    return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_a_run_evaluates_what_it_predicts_and_what_it_says(unbroken):
+    held_out = [x for x in record_of(unbroken) if x["kind"] == "evaluate"]
+    assert [x["step"] for x in held_out] == [3, 6]
+    last = held_out[-1]
+    assert last["num_eos"] == 6
+    assert 0 < last["eos_probability_at_eos"] < 1
+    assert 0 <= last["digit_accuracy_2"] <= 1
+    for prefix in ("", "streamed_"):
+        assert last[f"{prefix}length_error"] >= 0
+        assert 0 <= last[f"{prefix}hit_limit"] <= 6
+        assert last[f"{prefix}non_finite"] == 0
+    assert "cer" not in last  # without the speech tokenizer nobody reads
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("sets", [(), ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")])
+def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, sets):
+    config = small_config(corpus, *sets)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(make_task(config), config, whole) == 0
+    task = make_task(config)
+    batches = task.batches
+
+    def until(*arguments):
+        for step, size, local in batches(*arguments):
+            if step == 4:
+                raise Killed
+            yield step, size, local
+
+    task.batches = until
+    with pytest.raises(Killed):
+        train(task, config, broken)
+    assert train(make_task(config), config, broken) == 0
+    assert record_of(broken) == record_of(whole)
+
+
+def test_low_rank_factors_alone_are_trained(corpus):
+    _, start, state = first_steps(small_config(corpus, "lora.rank=2"), MeshConfig(), 1)
+    now = jax.device_get(state.params)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), start, now)
+    assert not any(jax.tree.leaves({k: v for k, v in changed.items() if k != LORA}))
+    assert all(jax.tree.leaves(changed[LORA]))
+
+
+def test_a_run_starts_from_the_weights_of_another(corpus, unbroken):
+    sets = (f"init_from={unbroken}", "optimizer.ema_decay=0.5")
+    got, _, _ = first_steps(small_config(corpus, *sets), MeshConfig(fsdp=2), 2, num_steps=1)
+    after = [x["loss"] for x in record_of(unbroken) if x["kind"] == "train"]
+    assert got[0][0] < after[0]
+    assert got[0][0] == pytest.approx(after[-1], abs=0.3)
+
+
+def test_a_run_starts_from_a_hugging_face_backbone(corpus, tmp_path):
+    config = small_config(corpus)
+    task = make_task(config)
+    params = nn.unbox(init_params(task.model_config, jax.random.key(7)))
+    save_backbone(params, task.model_config.backbone, tmp_path / "hf")
+    shutil.copytree(corpus / "text_tokenizer", tmp_path / "hf", dirs_exist_ok=True)
+    _, start, _ = first_steps(small_config(corpus, f"init_from={tmp_path / 'hf'}"), MeshConfig(), 1, num_steps=1)
+    np.testing.assert_array_equal(start["text_embedding"], params["text_embedding"])
+    jax.tree.map(np.testing.assert_array_equal, start["backbone"], dict(params["backbone"]))
+    assert not np.array_equal(start["head_kernel"], params["head_kernel"])
+
+
+def test_bad_input_is_one_line(corpus, unbroken, tmp_path):
+    other = make_small_token_corpus(tmp_path / "other", seed=5)
+    cases = [
+        (small_config(corpus, "model.num_speech_tokens=9"), r"num_speech_tokens=9.*27 tokens"),
+        (
+            small_config(corpus, "model.backbone.vocabulary_size=100"),
+            r"vocabulary_size=100.*has 330 tokens|has \d+ tokens",
+        ),
+        (small_config(corpus, "data.row_length=8"), r"no utterance .* is left to pack"),
+        (small_config(corpus, "data.prefix=speaker"), r"prefix none; tokenize it again with --prefix speaker"),
+        (small_config("", "data.corpus="), r"data.corpus is not set.*cv2jax tokenize"),
+        (small_config(tmp_path / "nowhere"), r"nowhere"),
+        (small_config(corpus, "data.speech_tokenizer=nowhere"), r"nowhere holds no run"),
+    ]
+    for config, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            make_task(config)
+        assert "\n" not in str(error.value)
+    for corpus_, place, message in (
+        (other, unbroken, "its hash .* differs from"),
+        (corpus, tmp_path / "empty", "holds no run"),
+        (corpus, tmp_path / "other", "holds no run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            first_steps(small_config(corpus_, f"init_from={place}"), MeshConfig(), 1, num_steps=0)
+
+
+def test_facts_name_both_tokenizers_and_fit_json(corpus):
+    facts = json.loads(json.dumps(make_task(small_config(corpus)).facts()))
+    metadata = TokenCorpus(corpus).metadata
+    assert facts["text_tokenizer"] == metadata.text_tokenizer
+    assert facts["speech_tokenizer"] == metadata.speech_tokenizer
+    assert facts["model"]["backbone"]["vocabulary_size"] == metadata.vocabulary_size
+    moved = dataclasses.replace(small_config(corpus), num_steps=9)
+    assert make_task(moved).facts()["plan_hash"] == facts["plan_hash"]

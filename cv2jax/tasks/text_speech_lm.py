@@ -16,6 +16,7 @@ from cv2jax.data.batch import Batch
 from cv2jax.data.token_batches import LayOut, TokenBatches
 from cv2jax.data.token_corpus import TokenRecord
 from cv2jax.evaluation.free_running import mean_metrics
+from cv2jax.models.text_speech_lm.augment import replace_speech
 from cv2jax.models.text_speech_lm.loss import packed_loss
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.models.text_speech_lm.sequence import build_row, is_bistream, row_length
@@ -66,8 +67,10 @@ class TextSpeechLmTask:
     def facts(self) -> dict[str, Any]:
         """What decides the numbers besides the config; with the checkpoint, all that decoding needs."""
         model = dataclasses.asdict(self.model_config)
-        for name in ("remat", "scan_layers"):
+        for name in ("remat", "scan_layers"):  # how it is computed, and kept
             model["backbone"].pop(name)
+        for name in ("attention", "loss_chunk"):
+            model.pop(name)
         return {
             "corpus_hash": self._data.corpus.hash,
             "plan_hash": self._data.plan.hash,
@@ -107,8 +110,12 @@ class TextSpeechLmTask:
     def make_step(self) -> StepFunction:
         """The loss of packed rows and its gradient, of all parameters or of the low-rank factors."""
 
+        c = self.model_config
+
         def loss(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-            value, metrics = packed_loss(self.model_config, effective_params(params, self._config.lora), batch)
+            if c.speech_noise:
+                batch = batch | {"token": replace_speech(batch["token"], batch["kind"], key, c.speech_noise)}
+            value, metrics = packed_loss(c, effective_params(params, self._config.lora), batch)
             return value, (metrics, model_state)
 
         return make_train_step(loss, self._optimizer, self._is_trained)

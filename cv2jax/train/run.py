@@ -21,6 +21,9 @@ FREE_KEYS = (
     "keep_checkpoints",
     "compute_dtype",  # what it comes to on this machine is among the facts
     "model.remat",
+    "model.backbone.remat",
+    "model.attention",
+    "model.loss_chunk",
     "data.corpus:",  # the corpus is compared by its hash, not by where it lies
     "data.speech_tokenizer",  # only evaluations read with it
     "init_from",  # a resumed run starts from its own checkpoint

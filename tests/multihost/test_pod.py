@@ -12,6 +12,7 @@ import pytest
 
 from tests.multihost.pod import finish, start
 from tests.small_corpus import SMALL_RUN, make_small_corpus
+from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
 
 pytestmark = pytest.mark.multihost
 SMALL = [*SMALL_RUN, "log_every=1", "evaluate_every=3", "save_every=3"]
@@ -22,9 +23,9 @@ def corpus(tmp_path_factory):
     return make_small_corpus(tmp_path_factory.mktemp("corpus") / "prepared")
 
 
-def arguments(corpus, workdir, *sets):
-    flags = [f"--set={s}" for s in (*SMALL, *sets)]
-    return ["train", "speech_tokenizer_tiny", f"--corpus={corpus}", f"--workdir={workdir}", *flags]
+def arguments(corpus, workdir, *sets, preset="speech_tokenizer_tiny", small=SMALL):
+    flags = [f"--set={s}" for s in (*small, *sets)]
+    return ["train", preset, f"--corpus={corpus}", f"--workdir={workdir}", *flags]
 
 
 def lines(workdir, kind="train"):
@@ -32,8 +33,8 @@ def lines(workdir, kind="train"):
     return [x for x in map(json.loads, text) if x["kind"] == kind]
 
 
-def run(corpus, workdir, num_processes, devices_each, *sets):
-    results = finish(start(arguments(corpus, workdir, *sets), num_processes, devices_each))
+def run(corpus, workdir, num_processes, devices_each, *sets, **preset):
+    results = finish(start(arguments(corpus, workdir, *sets, **preset), num_processes, devices_each))
     assert [code for code, _ in results] == [0] * num_processes, "\n".join(out for _, out in results)
     return results
 
@@ -82,3 +83,22 @@ def test_a_bad_mesh_is_one_line_on_every_process(corpus, tmp_path):
     results = finish(start(arguments(corpus, tmp_path, "num_steps=6", "mesh.fsdp=3"), 2, 1))
     assert [code for code, _ in results] == [2, 2]
     assert all("does not divide the 2 devices" in out and "Traceback" not in out for _, out in results)
+
+
+def test_the_packed_language_model_is_the_same_run_on_more_processes(tmp_path):
+    corpus = make_small_token_corpus(tmp_path / "tokens")
+    preset = {"preset": "text_speech_lm_tiny", "small": [*SMALL_LM, "log_every=1", "evaluate_every=3", "save_every=3"]}
+    alone, pod, resumed = (tmp_path / name for name in ("alone", "pod", "resumed"))
+    run(corpus, alone, 1, 4, "num_steps=6", **preset)
+    run(corpus, pod, 2, 2, "num_steps=6", "mesh.fsdp=4", **preset)
+    shutil.copytree(pod, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    run(corpus, resumed, 1, 1, "num_steps=6", **preset)
+    theirs, (held_out, _) = lines(alone), lines(alone, "evaluate")
+    for workdir in (pod, resumed):
+        ours = lines(workdir)
+        assert [x["batch_hash"] for x in ours] == [x["batch_hash"] for x in theirs]
+        np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
+        np.testing.assert_allclose(lines(workdir, "evaluate")[0]["nll"], held_out["nll"], rtol=1e-4)
+    # What is said freely is also decoded by both processes together.
+    assert {key for key in lines(pod, "evaluate")[0] if key.startswith("streamed_")} >= {"streamed_length_error"}

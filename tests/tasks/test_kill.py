@@ -18,26 +18,28 @@ from cv2jax.tasks import make_task
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.metrics import TIME_FIELDS, read_metrics
 from tests.small_corpus import SMALL_RUN, make_small_corpus
+from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
 
 pytestmark = pytest.mark.full
-SETS = [
-    *SMALL_RUN,
-    "data.num_workers=1",
-    "num_steps=300",
-    "log_every=7",
-    "evaluate_every=50",
-    "save_every=10",
-]
+COMMON = ["data.num_workers=1", "num_steps=300", "log_every=7", "evaluate_every=50", "save_every=10"]
+# preset → its corpus, and what makes it small with everything on that draws or remembers
+STAGES = {
+    "speech_tokenizer_tiny": (make_small_corpus, [*SMALL_RUN, *COMMON]),
+    "text_speech_lm_tiny": (
+        make_small_token_corpus,
+        [*SMALL_LM, *COMMON, "model.speech_noise=0.2", "optimizer.ema_decay=0.9"],
+    ),
+}
 
 
-def command(corpus, workdir):
-    flags = [f"--set={s}" for s in SETS]
+def command(preset, corpus, workdir):
+    flags = [f"--set={s}" for s in STAGES[preset][1]]
     return [
         sys.executable,
         "-m",
         "cv2jax.cli.main",
         "train",
-        "speech_tokenizer_tiny",
+        preset,
         f"--corpus={corpus}",
         f"--workdir={workdir}",
         *flags,
@@ -53,8 +55,8 @@ def record(workdir):
     return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
 
 
-def final_state(corpus, workdir):
-    config = override(load_config("speech_tokenizer_tiny"), [f"data.corpus={corpus}", *SETS])
+def final_state(preset, corpus, workdir):
+    config = override(load_config(preset), [f"data.corpus={corpus}", *STAGES[preset][1]])
     abstract, _ = abstract_state(make_task(config).init_state, make_mesh(config.mesh, jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         return checkpoints.load(abstract)
@@ -65,15 +67,15 @@ def last_step(workdir):
     return lines[-1]["step"] if lines else 0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_kills_change_nothing(tmp_path, seed):
-    corpus = make_small_corpus(tmp_path / "c")
+@pytest.mark.parametrize(("preset", "seed"), [(preset, seed) for preset in STAGES for seed in (0, 1)])
+def test_two_kills_change_nothing(tmp_path, preset, seed):
+    corpus = STAGES[preset][0](tmp_path / "c")
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    subprocess.run(command(corpus, unbroken), check=True, env=environment(), capture_output=True)
+    subprocess.run(command(preset, corpus, unbroken), check=True, env=environment(), capture_output=True)
     choose = random.Random(seed)
     for low, high in ((20, 130), (140, 270)):
         process = subprocess.Popen(
-            command(corpus, killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command(preset, corpus, killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         at, deadline = choose.randint(low, high), time.monotonic() + 300
         while last_step(killed) < at and time.monotonic() < deadline:
@@ -82,9 +84,9 @@ def test_two_kills_change_nothing(tmp_path, seed):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert last_step(killed) < 300
-    subprocess.run(command(corpus, killed), check=True, env=environment(), capture_output=True)
+    subprocess.run(command(preset, corpus, killed), check=True, env=environment(), capture_output=True)
     assert record(killed) == record(unbroken)
-    ours, theirs = final_state(corpus, killed), final_state(corpus, unbroken)
+    ours, theirs = final_state(preset, corpus, killed), final_state(preset, corpus, unbroken)
     assert int(ours.step) == 300
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
@@ -92,7 +94,11 @@ def test_two_kills_change_nothing(tmp_path, seed):
 def test_sigterm_while_the_run_is_set_up_is_answered_with_75(tmp_path):
     corpus = make_small_corpus(tmp_path / "c")
     process = subprocess.Popen(
-        command(corpus, tmp_path / "w"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("speech_tokenizer_tiny", corpus, tmp_path / "w"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     for line in process.stderr:
         if "training batches of" in line:

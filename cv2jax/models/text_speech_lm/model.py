@@ -31,6 +31,7 @@ class TextSpeechLmConfig:
     mix_ratio: tuple[int, int] = MIX_RATIO  # N:M, text to speech tokens of a group where text arrives
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the mean squared log-partition
+    speech_noise: float = 0.0  # share of speech inputs replaced in training; see `augment.py`
     loss_chunk: int = 0  # positions of every row whose logits are held at once; 0: all of them
     speech_init: Literal["normal", "digits"] = "normal"  # "digits": codes that share FSQ digits start out alike
     text_init_scale: float = 0.02  # standard deviation of the text table, where it is not loaded
@@ -51,7 +52,8 @@ class TextSpeechLmConfig:
         self._require(self.num_speech_tokens > 0, "num_speech_tokens", "must be positive")
         two = len(self.mix_ratio) == 2 and min(self.mix_ratio) > 0
         self._require(two, "mix_ratio", "give two positive numbers, text and speech tokens of a group")
-        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "must lie in [0, 1)")
+        for name in ("label_smoothing", "speech_noise"):
+            self._require(0 <= getattr(self, name) < 1, name, "must lie in [0, 1)")
         for name in ("z_loss", "loss_chunk"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         self._require(self.text_init_scale > 0, "text_init_scale", "must be positive")

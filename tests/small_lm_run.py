@@ -26,5 +26,6 @@ def make_run(workdir, corpus, *sets, steps=(5,), poison=False):
             if poison:
                 states[step].params["text_embedding"] += np.nan
             checkpoints.save(step, states[step])
+    task.keep(workdir)
     save_or_compare(workdir, config, task.facts(), started=False, write=True)
     return states

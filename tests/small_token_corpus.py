@@ -25,14 +25,20 @@ SMALL_LM = (
 
 
 def make_small_token_corpus(
-    root: pathlib.Path, num_train: int = 40, num_test: int = 6, *, seed: int = 0, prefix: str = "none"
+    root: pathlib.Path,
+    num_train: int = 40,
+    num_test: int = 6,
+    *,
+    seed: int = 0,
+    prefix: str = "none",
+    speech_tokenizer: str = "0" * 64,
 ) -> pathlib.Path:
     """`root` as a token corpus with the splits train and test; a word is said in seven tokens."""
     random = np.random.default_rng(seed)
     texts = [" ".join(random.choice(WORDS, size=1 + i % 4)) for i in range(num_train + num_test)]
     tokenizer = train_text_tokenizer(texts, 330)
     metadata = TokenCorpusMetadata(
-        speech_tokenizer="0" * 64,
+        speech_tokenizer=speech_tokenizer,
         num_codes=NUM_CODES,
         text_tokenizer=tokenizer.hash,
         vocabulary_size=tokenizer.vocabulary_size,

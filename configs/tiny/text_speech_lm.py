@@ -1,8 +1,8 @@
 """The text-speech language model at its smallest: learns to speak a small corpus in minutes on two CPU cores.
 
-cv2jax train text_speech_lm_tiny --corpus token_corpus/ --workdir runs/lm --set data.speech_tokenizer=runs/tokenizer
+    cv2jax train text_speech_lm_tiny --corpus token_corpus/ --workdir runs/lm --set data.speech_tokenizer=runs/tokenizer
 
-Four layers of width 192 on packed rows of 512 positions. With an hour of speech a code is seen a dozen times, so codes that
+Four layers of width 128 on packed rows of 512 positions. With an hour of speech a code is seen a dozen times, so codes that
 share FSQ digits start out alike (`model.speech_init=digits`). The run that made the tokens reads what the model says.
 """
 
@@ -17,18 +17,24 @@ def get_config() -> TrainConfig:
         task="text_speech_lm",
         model=TextSpeechLmConfig(
             backbone=Qwen2Config(
-                vocabulary_size=0, width=192, mlp_dim=512, num_layers=4, num_heads=4, num_kv_heads=2, scan_layers=False
+                vocabulary_size=0, width=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, scan_layers=False
             ),
             speech_init="digits",
             text_init_scale=1.0,
+            speech_noise=0.45,
         ),
-        num_steps=240,
-        data=DataConfig(row_length=512, batch_rows=16, max_segments=16),
+        num_steps=460,
+        data=DataConfig(row_length=512, batch_rows=8, max_segments=16),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=40, weight_decay=0.1, clip_norm=1.0
+            learning_rate=4e-3,
+            final_learning_rate=2e-4,
+            warmup_steps=50,
+            weight_decay=0.1,
+            clip_norm=1.0,
+            ema_decay=0.98,
         ),
-        log_every=10,
-        evaluate_every=80,
+        log_every=15,
+        evaluate_every=230,
         evaluate_utterances=0,
-        save_every=80,
+        save_every=75,
     )

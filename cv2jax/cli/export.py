@@ -4,12 +4,14 @@ RUN is the --workdir of `cv2jax train` with a language model; its newest checkpo
 the moving average of the parameters where the run keeps one (--noema: the parameters themselves).
 
 --to qwen2 writes --out as a Hugging Face directory: backbone and text embedding, low-rank factors merged, and the text
-tokenizer, which is looked for in the run's corpus. With --carry_from, the directory that the backbone came from, the rest
-of its config.json and an untied text head are carried through. --to lora writes what a run with lora.rank > 0 trained, in
-float32, as one .safetensors file that names its base.
+tokenizer of the run. With --carry_from, the directory that the backbone came from, the rest of its config.json and an
+untied text head are carried through. --to lora writes what a run with lora.rank > 0 trained, in float32, as one
+.safetensors file that names its base: the run that it started from (init_from), which takes it with --lora, here with
+--to qwen2 and in `cv2jax say`.
 
   cv2jax export runs/lm --to qwen2 --out backbone --carry_from CosyVoice-BlankEN
   cv2jax export runs/voice --to lora --out voice.safetensors
+  cv2jax export runs/lm --to qwen2 --out backbone --lora voice.safetensors
 """
 
 from absl import flags as absl_flags
@@ -26,8 +28,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("out", None, "New directory, or file for lora.", flag_values=flags)
     define.DEFINE_string("dtype", "float32", "Of the tensors: float32 or bfloat16.", flag_values=flags)
     define.DEFINE_string("carry_from", "", "Hugging Face directory that the backbone came from.", flag_values=flags)
-    text = "Directory of the text tokenizer; by default in the run's corpus."
+    text = "Directory of the text tokenizer; by default that of the run."
     define.DEFINE_string("text_tokenizer", "", text, flag_values=flags)
+    define.DEFINE_string(
+        "lora", "", "Low-rank factors trained on RUN: the file of `export --to lora`.", flag_values=flags
+    )
     define.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=flags)
     define.DEFINE_boolean("ema", True, "The moving average, where the run keeps one.", flag_values=flags)
 

@@ -6,9 +6,8 @@ import json
 import os
 import pathlib
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +19,8 @@ from absl import logging
 from jaxtyping import PyTree, Shaped
 
 from cv2jax.config import UserError
-from cv2jax.convert.rules import ForeignTensor, Index, Rule, Shape, foreign_tensors, load_tree
+from cv2jax.convert.rules import ForeignTensor, Index, Rule, Shape, fold_names, foreign_tensors, load_tree
+from cv2jax.convert.staging import staged_directory
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.models.text_speech_lm.qwen2 import HF_FIELDS, Qwen2Config, config_from_hf
 
@@ -92,10 +92,8 @@ class SafetensorsReader:
                 file = opened.enter_context(_open(path))
                 self._files |= dict.fromkeys(file.keys(), file)
             if names is not None and set(names) != set(self._files):
-                first = min(set(names) ^ set(self._files))
-                raise UserError(
-                    f"{directory / INDEX}: does not fit its shards ({first} is on one side only); copy again"
-                )
+                apart = ", ".join(fold_names(sorted(set(names) ^ set(self._files))))
+                raise UserError(f"{directory / INDEX}: does not fit its shards (only on one side: {apart}); copy again")
             self._stack = opened.pop_all()
 
     def __enter__(self) -> "SafetensorsReader":
@@ -227,6 +225,7 @@ def save_backbone(
     dtype: str = "float32",
     carry_from: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes `text_embedding` and `backbone` of the model's parameters as a Hugging Face directory, whole or not at all.
 
@@ -237,6 +236,7 @@ def save_backbone(
         model its text head, which we neither have nor train, are carried through unchanged. Without it the model is
         written as tied.
       max_shard_bytes: above, the weights are several files with an index.
+      finish: writes more into the directory, of which it gets the hidden place, before it appears.
 
     Raises: UserError for a directory that holds something or cannot be written, a `carry_from` that is unfit, and values
     that are not finite in `dtype`.
@@ -259,13 +259,15 @@ def save_backbone(
             if not values.get("tie_word_embeddings", False):
                 reader = stack.enter_context(SafetensorsReader(source))
                 to_write[TEXT_HEAD] = _carried_head(reader, (config.vocabulary_size, config.width))
-        with _unfinished(directory) as place:
+        with staged_directory(directory) as place:
             text = json.dumps(_hf_config(config, values, dtype), indent=2, sort_keys=True)
             (place / CONFIG).write_text(text + "\n", encoding="utf-8")
             _write_weights(place, to_write, max_shard_bytes)
             for name in _CARRIED:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, place / name)
+            if finish is not None:
+                finish(place)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,23 +317,6 @@ def _hf_config(config: Qwen2Config, carried: Mapping[str, Any], dtype: str) -> d
     fixed = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
     names = {"max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_parameters": rope}
     return {**fixed, **sizes, **names, "torch_dtype": dtype, "dtype": dtype}
-
-
-@contextlib.contextmanager
-def _unfinished(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new directory beside `directory` that takes its place at the end, and disappears where anything fails."""
-    directory = directory.absolute()  # "." has no name
-    place = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        place.mkdir(parents=True)
-        yield place
-        os.replace(place, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); make room or give another"
-        ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write_weights(place: pathlib.Path, tensors: Mapping[str, _Output], max_shard_bytes: int) -> None:

@@ -21,8 +21,8 @@ from jaxtyping import PyTree, Shaped
 
 from cv2jax.config import UserError
 
-_SHOWN = 5  # names of each kind in an error
 _HOLE = re.compile(r"(\[\{\w+\}\]|\{\w+\})")
+_NUMBER = re.compile(r"(?<=[._/])(0|[1-9]\d*)(?=[./]|$)")  # of a layer, in a name of either side
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -200,7 +200,7 @@ def load_tree(rules: Sequence[Rule], reader: Reader, abstract: PyTree, *, ignore
       abstract: nested dict of arrays or ShapeDtypeStructs; without a sharding an array goes to the default device.
       ignored: regular expressions of the names of foreign tensors that are known and not wanted.
 
-    Raises: UserError that lists everything missing, left over and of another shape or kind, on both sides.
+    Raises: UserError that lists everything missing, left over and of another shape or kind, on both sides (`fold_names`).
     """
     leaves, plan = _plan(rules, abstract)
     _check(plan, leaves, reader, ignored)
@@ -305,10 +305,38 @@ def _report(place: str, problems: Mapping[str, list[str]]) -> None:
     said = []
     for what, names in problems.items():
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            said.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}")
+            said.append(f"{len(names)} {what}: {', '.join(fold_names(names))}")
     if said:
         raise UserError(f"{place} does not fit the model: {'; '.join(said)}; take weights of the same model and sizes")
+
+
+def fold_names(names: Sequence[str]) -> list[str]:
+    """All names, those that differ only in their numbers as one: `layers.{0-2,5}.up.weight`.
+
+    Two numbers fold to `{0-1}.{0-2}` only where all six names are there. What follows a space is a remark: only names with
+    the same remark fold.
+    """
+    rows = []  # text, number, text, …
+    for whole in dict.fromkeys(names):
+        name, space, remark = whole.partition(" ")
+        *pieces, last = _NUMBER.split(name)
+        rows.append((*pieces, last + space + remark))
+    for at in range(max(map(len, rows), default=1) - 2, 0, -2):
+        groups: dict[tuple[str, ...], list[str]] = {}  # the others' pieces → their numbers
+        for row in rows:
+            groups.setdefault((*row[:at], "", *row[at + 1 :]) if len(row) > at else row, []).extend(row[at : at + 1])
+        rows = [(*row[:at], _span(found), *row[at + 1 :]) if found else row for row, found in groups.items()]
+    return ["".join(row) for row in rows]
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """`{0-2,5}` of 0, 1, 2 and 5 in any order; one number as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    values = sorted(map(int, numbers))
+    starts = [n for n in values if n - 1 not in values]
+    ends = [n for n in values if n + 1 not in values]
+    return f"{{{','.join(str(a) if a == b else f'{a}-{b}' for a, b in zip(starts, ends, strict=True))}}}"
 
 
 def _show(shape: Sequence[int]) -> str:

@@ -87,8 +87,10 @@ class TokenBatches:
                 yield self._config.data.batch_rows, batch
 
     def examples(self, count: int) -> list[TokenRecord]:
-        """Some held-out utterances, always the same, spread over the split; without those that have no text or speech."""
-        usable = np.flatnonzero((self.held_out.num_text > 0) & (self.held_out.num_speech > 0))
+        """Some held-out utterances, always the same, spread over the split; without those that are not packed either."""
+        text, speech = self.held_out.num_text, self.held_out.num_speech
+        fits = text + speech + self._overhead <= self._config.data.row_length
+        usable = np.flatnonzero((text > 0) & (speech > 0) & fits)
         return [self.held_out.read(int(usable[row])) for row in spread_rows(len(usable), count)]
 
     def utterance_ids(self, step: int) -> list[str]:

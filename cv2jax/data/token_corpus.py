@@ -48,6 +48,7 @@ class TokenCorpusMetadata:
     text_tokenizer: str
     vocabulary_size: int
     prefix: str  # the mode, such as "none" or "speaker"; the text tokens contain the prefix
+    normalizer: str = ""  # that read the texts; "": none did
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

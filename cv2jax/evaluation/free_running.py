@@ -7,23 +7,25 @@ import numpy as np
 from jaxtyping import Integer
 
 CLOSE = 0.25  # a length that differs by at most this share of the reference's
-_COUNTS = ("num_targets", "num_eos", "expected_eos")  # summed, where the others are means
-_OF_EOS = "eos_probability_at_eos"  # the mean over ends; the others are over targets, or nearly all of them
+_COUNTS = ("num_targets", "num_eos", "num_speech", "num_digits", "expected_eos")  # summed, where the others are means
 
 
 def mean_metrics(batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of a set from those of its batches: counts are summed, means weighed by targets, that of ends by ends.
+    """The metrics of a set from those of its batches: counts are summed, each mean weighs as much as it is a mean of."""
+    names = [name for name in batches[0] if np.ndim(batches[0][name]) == 0]
+    values = {name: np.array([batch[name] for batch in batches], np.float64) for name in names}
 
-    What is no scalar is left out; a mean over nothing is 0.
-    """
-    counts = {name: np.array([batch[name] for batch in batches], np.float64) for name in _COUNTS}
-    metrics = {name: float(values.sum()) for name, values in counts.items()}
-    for name in batches[0]:
-        if name not in _COUNTS and np.ndim(batches[0][name]) == 0:
-            weights = counts["num_eos" if name == _OF_EOS else "num_targets"]
-            values = np.array([batch[name] for batch in batches], np.float64)
-            metrics[name] = float(np.sum(values * weights) / max(weights.sum(), 1))
-    return metrics
+    def mean(name: str) -> float:
+        weights = values[_count_of(name)]
+        return float(np.sum(values[name] * weights) / max(weights.sum(), 1))
+
+    return {name: float(values[name].sum()) if name in _COUNTS else mean(name) for name in names}
+
+
+def _count_of(name: str) -> str:
+    if name.startswith("digit_accuracy"):
+        return "num_digits"
+    return {"eos_probability_at_eos": "num_eos", "eos_probability_at_speech": "num_speech"}.get(name, "num_targets")
 
 
 def free_running_metrics(

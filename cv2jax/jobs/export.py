@@ -3,14 +3,11 @@
 A target is one function in TARGETS. What it writes appears whole or not at all.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +18,7 @@ from cv2jax.convert.qwen import save_backbone
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.tasks.trained import find_step, find_text_tokenizer, load_params, text_speech_lm_config
-from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
+from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
 from cv2jax.train.lora import save_lora, trained_by
 from cv2jax.train.run import load_run
 from cv2jax.train.state import partition
@@ -37,7 +34,8 @@ class ExportOptions:
 
     dtype: str = "float32"  # of the tensors
     carry_from: str = ""  # Hugging Face directory that the backbone came from: the rest of its config, its text head
-    text_tokenizer: str = ""  # directory of the one that made the text tokens; "": in the run's corpus
+    text_tokenizer: str = ""  # directory of the one that made the text tokens; "": in the run
+    lora: str = ""  # side file that was trained on this run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,13 @@ class _Source:
     step: int
     averaged: bool
 
-    def load(self, config: TextSpeechLmConfig, *, merge: bool = True) -> Any:
+    def load(self, config: TextSpeechLmConfig, *, merge: bool = True, lora_file: str = "") -> Any:
         """The parameters on one device; UserError where some are not finite."""
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         init = functools.partial(init_params, config)
-        params, _ = load_params(self.run, init, mesh, step=self.step, ema=self.averaged, merge=merge)
+        params, _ = load_params(
+            self.run, init, mesh, step=self.step, ema=self.averaged, merge=merge, lora_file=lora_file
+        )
         finite = jax.jit(lambda tree: jnp.all(jnp.array([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)])))
         if not finite(params):
             place = self.run / "checkpoints" / str(self.step)
@@ -108,13 +108,15 @@ def _write_qwen2(source: _Source, out: pathlib.Path, options: ExportOptions) -> 
     """Backbone and text embedding, with a low-rank adaptation merged, and the text tokenizer beside them."""
     config = text_speech_lm_config(source.described, source.run)
     tokenizer = _find_tokenizer(source, options)
-    params = source.load(config)
-    carry_from = options.carry_from or None
-    with _unfinished(out) as place:
-        save_backbone(params, config.backbone, place, dtype=options.dtype, carry_from=carry_from)
+    params = source.load(config, lora_file=options.lora)
+
+    def finish(place: pathlib.Path) -> None:
         for name in _NOT_CARRIED:
             (place / name).unlink(missing_ok=True)
         tokenizer.save(place)
+
+    carry_from = options.carry_from or None
+    save_backbone(params, config.backbone, out, dtype=options.dtype, carry_from=carry_from, finish=finish)
     return {name: params[name] for name in ("backbone", "text_embedding")}
 
 
@@ -124,11 +126,8 @@ def _find_tokenizer(source: _Source, options: ExportOptions) -> TextTokenizer:
     carried = pathlib.Path(options.carry_from)
     if options.carry_from and (carried / "tokenizer_config.json").is_file():
         other = load_text_tokenizer(carried, single_chinese=tokenizer.single_chinese)
-        if other.hash != tokenizer.hash:
-            raise UserError(
-                f"--carry_from {carried}: its text tokenizer {other.hash[:12]} is not that of {source.run},"
-                f" {tokenizer.hash[:12]}; give the directory that the backbone came from"
-            )
+        mend = "give the directory that the backbone came from"
+        check_same_tokenizer(other, tokenizer.hash, source.run, name=f"--carry_from {carried}", mend=mend)
     return tokenizer
 
 
@@ -148,24 +147,6 @@ def _write_lora(source: _Source, out: pathlib.Path, options: ExportOptions) -> A
 
 # What each target takes of ExportOptions beside how it is written; the functions return what they wrote.
 TARGETS: dict[str, tuple[Callable[[_Source, pathlib.Path, ExportOptions], Any], tuple[str, ...]]] = {
-    "qwen2": (_write_qwen2, ("dtype", "carry_from", "text_tokenizer")),
+    "qwen2": (_write_qwen2, ("dtype", "carry_from", "text_tokenizer", "lora")),
     "lora": (_write_lora, ()),
 }
-
-
-@contextlib.contextmanager
-def _unfinished(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A place for a new directory that becomes `out` at the end, and disappears where anything fails."""
-    out = out.absolute()  # "." has no name
-    stage = out.with_name(f".{out.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        stage.mkdir(parents=True)
-        yield stage / out.name
-        os.replace(stage / out.name, out)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{out}: cannot be written ({reason}); make room or give another place") from error
-    except UserError as error:
-        raise UserError(str(error).replace(str(stage / out.name), str(out))) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

@@ -87,6 +87,7 @@ def tokenize(
         text_tokenizer=tokenizer.hash,
         vocabulary_size=tokenizer.vocabulary_size,
         prefix=prefix,
+        normalizer=normalizer and active_normalizer(normalizer),
     )
     counts = dict.fromkeys(("num_utterances", "num_text_tokens", "num_speech_tokens"), 0)
     left_out = _LeftOut(tell=bool(text_tokenizer))  # else training has told

@@ -9,9 +9,10 @@ temperature, top_p and top_k may be traced, so that one compiled step serves req
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ NO_TOKEN = -1  # behind the last candidate, and in `recent` before the first tok
 Scalar = float | Float[Array, ""]
 Count = int | Int[Array, ""]
 Forbidden = Bool[Array, " V"] | None  # True: this token must not be drawn now
-Sampler = Callable[[Key[Array, ""], Float[Array, " V"], Int[Array, " R"], Forbidden], Int[Array, ""]]
+_ROW = {"temperature": numbers.Real, "top_p": numbers.Real, "top_k": numbers.Integral}  # what requests choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a request draws its tokens; the defaults are CosyVoice 2's. Hashable, so a jit can be specialised on it."""
+    """How a request draws its tokens; the defaults are CosyVoice 2's."""
 
     temperature: float = 1.0  # 0: always the likeliest token
     top_p: float = 0.8  # 1: no bound
@@ -48,15 +49,6 @@ class SamplingOptions:
                 raise UserError(f"sampling.{name}={getattr(self, name)}: must be 0 (none) or more")
         if not self.tau_r > 0:
             raise UserError(f"sampling.tau_r={self.tau_r}: must be positive; win_size=0 allows every repetition")
-
-
-def make_sampler(options: SamplingOptions) -> Sampler:
-    """One function (key, logp [V], recent [R], forbidden [V] or None) → token for a decoder; validates the options."""
-    options.validate()
-    shape = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
-    if options.win_size:
-        return functools.partial(sample_ras, tau_r=options.tau_r, **shape)
-    return lambda key, logp, recent, forbidden: sample(key, logp, forbidden, **shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +77,18 @@ class RequestSampler:
                 " for fewer or build it with more"
             )
         return {"temperature": float(options.temperature), "top_p": float(options.top_p), "top_k": options.top_k}
+
+    def row(self, options: Mapping[str, Any]) -> dict[str, float | int]:
+        """The same of a mapping that may lack some: those are the defaults. UserError for other names and types, too."""
+        for name, value in options.items():
+            if name not in _ROW:
+                raise UserError(f"sampling.{name}: is no option of a request; known are {', '.join(_ROW)}")
+            if not isinstance(value, _ROW[name]):
+                raise UserError(f"sampling.{name}={value!r}: must be a {'whole ' if name == 'top_k' else ''}number")
+        typed: dict[str, Any] = {
+            name: int(value) if name == "top_k" else float(value) for name, value in options.items()
+        }
+        return self.options(SamplingOptions(win_size=self.win_size, tau_r=self.tau_r, **typed))
 
     def __call__(
         self,
@@ -185,27 +189,6 @@ def sample_ras(
     # Where all others are forbidden there is nothing to draw from, and the repetition stands.
     token = jnp.where(repeats & (jnp.max(others) > -jnp.inf), drawn_anew, token)
     return jnp.where(jnp.asarray(temperature) > 0, token, greedy(logp))
-
-
-def forbid_stops(
-    num_generated: Count, min_length: Count, stop_ids: Sequence[int], vocabulary_size: int
-) -> Bool[Array, " V"]:
-    """The `forbidden` [V] of a step: every stop id while fewer than `min_length` tokens are generated.
-
-    Upstream masks only eos, so that the other stops end an utterance early or raise (spec/official.md 9, Q5).
-    """
-    is_stop = jnp.isin(jnp.arange(vocabulary_size), jnp.asarray(stop_ids, jnp.int32))
-    return is_stop & (jnp.asarray(num_generated) < min_length)
-
-
-def init_recent(win_size: int) -> Int[Array, " R"]:
-    """The window of a request that has generated nothing yet."""
-    return jnp.full(win_size, NO_TOKEN, jnp.int32)
-
-
-def push_recent(recent: Int[Array, " R"], token: Int[Array, ""]) -> Int[Array, " R"]:
-    """The window one token later: the oldest falls out in front, the new one comes in behind."""
-    return jnp.append(recent, token.astype(recent.dtype))[1:]
 
 
 def _without(logp: Float[Array, " V"], forbidden: Forbidden) -> Float[Array, " V"]:

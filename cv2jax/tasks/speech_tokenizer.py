@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.tasks.trained import load_params
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.train.optimizer import make_optimizer
-from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
+from cv2jax.train.state import TrainState, init_train_state, restart
 from cv2jax.train.step import CompiledByShape, StepFunction, lower_evaluation, make_train_step
 
 MODEL_CONFIG = SpeechTokenizerConfig
@@ -44,8 +45,13 @@ class SpeechTokenizerTask:
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
         if config.model.num_mels != WHISPER_BINS:
             raise UserError(f"model.num_mels={config.model.num_mels}: the features have {WHISPER_BINS} bands; set that")
-        if config.lora.rank:
-            raise UserError(f"lora.rank={config.lora.rank}: only the language model has low-rank factors; set 0")
+        for name, value in (("lora.rank", config.lora.rank), ("optimizer.ema_decay", config.optimizer.ema_decay)):
+            if value:  # `cv2jax encode` reads the parameters as they are
+                raise UserError(f"{name}={value}: is for the language model; set 0")
+        if config.init_from and config.model.quantizer == "vq":
+            raise UserError(
+                f"init_from={config.init_from}: a vq codebook cannot be taken over; train from scratch, or fsq"
+            )
         self._data = data
         self.vocabulary = CharacterVocabulary.from_counts(data.train.characters)
         unknown = set(data.held_out.characters) - set(self.vocabulary.characters)
@@ -87,6 +93,9 @@ class SpeechTokenizerTask:
         mesh = jax.tree.leaves(state.params)[0].sharding.mesh
         params, _ = load_params(self._init_from, functools.partial(init_params, self.model_config), mesh)
         return restart(state, params, self._optimizer)
+
+    def keep(self, workdir: pathlib.Path) -> None:
+        """Nothing: `run.json` and the checkpoint are all that encoding needs."""
 
     def make_step(self) -> StepFunction:
         """Augment, teacher-force, cross-entropy and what else the config weighs."""
@@ -152,11 +161,11 @@ class SpeechTokenizerTask:
         )
 
         def evaluate(state: TrainState) -> dict[str, Any]:
-            params, levels = evaluation_params(state), 3 if c.quantizer == "fsq" else None
+            levels = 3 if c.quantizer == "fsq" else None
             score = RecognitionScore(self.vocabulary, 0 if c.quantizer == "none" else c.num_codes, levels)
             for size, local in self._data.judged(mesh, self.vocabulary.encode):
                 batch = global_batch(mesh, local, size)
-                score.add(to_host(compiled.for_batch(batch)(params, state.model_state, batch)))
+                score.add(to_host(compiled.for_batch(batch)(state.params, state.model_state, batch)))
             return score.metrics()
 
         return evaluate

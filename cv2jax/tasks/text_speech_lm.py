@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,20 +12,18 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cv2jax.config import TrainConfig, UserError
-from cv2jax.convert.qwen import load_backbone
 from cv2jax.data.batch import Batch
 from cv2jax.data.token_batches import LayOut, TokenBatches
-from cv2jax.data.token_corpus import TokenRecord
+from cv2jax.data.token_corpus import TEXT_TOKENIZER
 from cv2jax.evaluation.free_running import mean_metrics
 from cv2jax.models.text_speech_lm.augment import replace_speech
 from cv2jax.models.text_speech_lm.loss import packed_loss
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
-from cv2jax.models.text_speech_lm.sequence import build_row, is_bistream, row_length
+from cv2jax.models.text_speech_lm.sequence import build_mixed_row, row_length
+from cv2jax.nn.splash import TILE
 from cv2jax.parallel.distributed import global_batch, to_host
-from cv2jax.parallel.sharding import axis_rules
 from cv2jax.tasks.free_run import FreeRun
-from cv2jax.tasks.trained import load_params
-from cv2jax.text.tokenizer import check_same_tokenizer, load_text_tokenizer
+from cv2jax.tasks.warm_start import load_initial
 from cv2jax.train.lora import add_lora, effective_params, trained_by
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
@@ -38,28 +37,19 @@ def make_task(config: TrainConfig) -> "TextSpeechLmTask":
     return TextSpeechLmTask(config, TokenBatches(config, overhead=int(row_length(0, 0))))
 
 
-def lay_out(record: TokenRecord, coin: float, *, config: TextSpeechLmConfig, max_length: int) -> Any:
-    """An utterance's row: interleaved where its coin says so and its speech is long enough, else the whole text first."""
-    num_text, num_speech, ratio = len(record.text_tokens), len(record.speech_tokens), config.ratio
-    return build_row(
-        record.text_tokens,
-        record.speech_tokens,
-        bistream=bool(is_bistream(coin, num_text, num_speech, ratio)),
-        text_vocabulary_size=config.backbone.vocabulary_size,
-        num_speech_tokens=config.num_speech_tokens,
-        ratio=ratio,
-        max_length=max_length,
-        name=f"utterance {record.id!r}",
-    )
-
-
 class TextSpeechLmTask:
     """Trains and evaluates a `TextSpeechLm`; the corpus gives the text vocabulary where the model leaves it open."""
 
     def __init__(self, config: TrainConfig, data: TokenBatches) -> None:
         self._config, self._data = config, data
         self.model_config = _fit_to_corpus(config, data)
-        self._lay_out: LayOut = functools.partial(lay_out, config=self.model_config, max_length=config.data.row_length)
+        self._lay_out: LayOut = functools.partial(
+            build_mixed_row,
+            text_vocabulary_size=self.model_config.backbone.vocabulary_size,
+            num_speech_tokens=self.model_config.num_speech_tokens,
+            ratio=self.model_config.ratio,
+            max_length=config.data.row_length,
+        )
         self._optimizer = make_optimizer(config.optimizer, config.num_steps)
         self._is_trained = trained_by(config.lora)
         self._free_run = FreeRun(config, self.model_config, data)
@@ -77,6 +67,7 @@ class TextSpeechLmTask:
             "text_tokenizer": self._data.corpus.metadata.text_tokenizer,
             "speech_tokenizer": self._data.corpus.metadata.speech_tokenizer,
             "prefix": self._data.corpus.metadata.prefix,
+            "normalizer": self._data.corpus.metadata.normalizer,
             "model": model,
         }
 
@@ -91,21 +82,17 @@ class TextSpeechLmTask:
         place = self._config.init_from
         if not place:
             return state
-        if (pathlib.Path(place) / "config.json").is_file():
-            if (pathlib.Path(place) / "tokenizer_config.json").is_file():
-                ours = load_text_tokenizer(self._data.corpus.text_tokenizer)
-                theirs = load_text_tokenizer(place, single_chinese=ours.single_chinese)
-                check_same_tokenizer(ours, theirs.hash, place)
-            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
-            params: Any = load_backbone(place, self.model_config.backbone, abstract)
-        else:
-            mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-            params, run = load_params(place, functools.partial(init_params, self.model_config), mesh)
-            check_same_tokenizer(
-                load_text_tokenizer(self._data.corpus.text_tokenizer), run["facts"]["text_tokenizer"], place
-            )
+        params = load_initial(place, self.model_config, state.params, self._data.corpus.text_tokenizer)
         logging.info("starting from the weights in %s", place)
         return restart(state, params, self._optimizer, self._is_trained)
+
+    def keep(self, workdir: pathlib.Path) -> None:
+        """The text tokenizer."""
+        place, whole = workdir / TEXT_TOKENIZER, workdir / f".{TEXT_TOKENIZER}.tmp"
+        if not place.is_dir():
+            shutil.rmtree(whole, ignore_errors=True)  # of a killed process
+            shutil.copytree(self._data.corpus.text_tokenizer, whole)
+            whole.rename(place)
 
     def make_step(self) -> StepFunction:
         """The loss of packed rows and its gradient, of all parameters or of the low-rank factors."""
@@ -155,9 +142,8 @@ class TextSpeechLmTask:
             for size, local in self._data.judged(mesh, self._lay_out):
                 batch = global_batch(mesh, local, size)
                 metrics.append(to_host(compiled.for_batch(batch)(params, state.model_state, batch)))
-            with jax.set_mesh(mesh), axis_rules():
-                merged = merge(params) if lora.rank else params
-                return mean_metrics(metrics) | self._free_run.metrics(merged)
+            merged = merge(params) if lora.rank else params
+            return mean_metrics(metrics) | self._free_run.metrics(merged, mesh)
 
         return evaluate
 
@@ -172,9 +158,16 @@ def _fit_to_corpus(config: TrainConfig, data: TokenBatches) -> TextSpeechLmConfi
     ):
         if ours < theirs:
             raise UserError(f"model.{name}={ours}: the corpus {config.data.corpus} has {theirs} tokens; set that")
+    rows = config.data.row_length
+    if model.attention == "splash" and rows % TILE:
+        raise UserError(f"model.attention=splash: data.row_length={rows} must be a multiple of {TILE}; or set auto")
     dtype = config.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if model.attention == "cudnn" and (jax.default_backend() != "gpu" or dtype != "bfloat16"):
+        raise UserError(
+            f"model.attention=cudnn: needs a GPU and bfloat16, not {jax.default_backend()} and {dtype}; set auto"
+        )
     backbone = dataclasses.replace(model.backbone, vocabulary_size=size, dtype=dtype)
     fitted = dataclasses.replace(model, backbone=backbone)
     fitted.validate()

@@ -21,9 +21,9 @@ from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.text.characters import CharacterVocabulary
-from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
+from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
 from cv2jax.train.checkpoint import load_subtree
-from cv2jax.train.lora import add_lora, effective_params, trained_by
+from cv2jax.train.lora import add_lora, effective_params, load_lora, trained_by
 from cv2jax.train.optimizer import AverageState, make_optimizer
 from cv2jax.train.run import load_run
 from cv2jax.train.state import TrainState, combine, init_train_state, partition
@@ -51,6 +51,7 @@ def load_params(
     step: int | None = None,
     ema: bool = False,
     merge: bool = True,
+    lora_file: str = "",
 ) -> tuple[Any, dict[str, Any]]:
     """(parameters of a checkpoint in a run's workdir, sharded over the mesh; what `run.json` says).
 
@@ -59,8 +60,10 @@ def load_params(
       step: of the checkpoint; default: the newest.
       ema: take the moving average of what was trained, where the run keeps one.
       merge: add a low-rank adaptation to its kernels; else its factors lie under LORA.
+      lora_file: side file of an adaptation that was trained on these parameters; all is merged then.
 
-    Raises: UserError where there is no run or no such checkpoint, and where it is of another model.
+    Raises: UserError where there is no run or no such checkpoint, where it is of another model, and for a side file that
+    `load_lora` refuses.
     """
     run = pathlib.Path(run)
     described = load_run(run)
@@ -83,7 +86,10 @@ def load_params(
         wanted = {"opt_state": average} | ({"params": frozen} if frozen else {})
     loaded = load_subtree(run / "checkpoints", wanted, step)
     params = combine(loaded.get("params", {}), optax.tree.get(loaded.get("opt_state"), "ema_params", {}))
-    return (jax.jit(effective_params, static_argnums=1)(params, lora) if merge and lora.rank else params), described
+    merged = jax.jit(effective_params, static_argnums=1)
+    if lora.rank and (merge or lora_file):
+        params = merged(params, lora)
+    return (merged(*load_lora(pathlib.Path(lora_file), params)) if lora_file else params), described
 
 
 def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]) -> TextSpeechLmConfig:
@@ -101,20 +107,16 @@ def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]
 
 
 def find_text_tokenizer(described: dict[str, Any], run: str | os.PathLike[str], place: str = "") -> TextTokenizer:
-    """The text tokenizer of a language model's run, in the directory `place` or, by default, in the run's corpus.
+    """The text tokenizer of a language model's run, in the directory `place` or, by default, in the run itself.
 
     Raises UserError where there is none, and for one whose hash is not that of the run.
     """
-    expected, corpus = described["facts"]["text_tokenizer"], described["config"].get("data", {}).get("corpus", "")
-    where = pathlib.Path(place or pathlib.Path(corpus, TEXT_TOKENIZER))
+    expected, where = described["facts"]["text_tokenizer"], pathlib.Path(place or pathlib.Path(run, TEXT_TOKENIZER))
     if not place and not where.is_dir():
-        raise UserError(f"{where}: the text tokenizer of {run} is gone or moved; give its --text_tokenizer")
+        raise UserError(f"{where}: the text tokenizer of {run} is gone; give its --text_tokenizer")
     tokenizer = load_text_tokenizer(where)
-    if tokenizer.hash != expected:
-        raise UserError(
-            f"--text_tokenizer {where}: its text tokenizer {tokenizer.hash[:12]} is not that of {run}, {expected[:12]};"
-            " give the one that made the corpus's text tokens"
-        )
+    mend = "give the one that made the corpus's text tokens"
+    check_same_tokenizer(tokenizer, expected, run, name=f"--text_tokenizer {where}", mend=mend)
     return tokenizer
 
 

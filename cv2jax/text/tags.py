@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Integer
+
 from cv2jax.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # both end and padding of the text tokenizer
@@ -148,6 +151,15 @@ def split_prefix(text: str) -> tuple[Prefix | None, str]:
             f"text: {END_OF_PROMPT} stands {text.count(END_OF_PROMPT)} times; a text has one prefix at most"
         )
     return _parse_prefix(before), after
+
+
+def split_prefix_tokens(
+    tokens: Integer[np.ndarray, " T"], end_of_prompt: int
+) -> tuple[Integer[np.ndarray, " T_prefix"], Integer[np.ndarray, " T_text"]]:
+    """Tokens up to and with the last `end_of_prompt` (the id of END_OF_PROMPT), and those to speak behind it."""
+    ends = np.flatnonzero(tokens == end_of_prompt)
+    start = int(ends[-1]) + 1 if len(ends) else 0
+    return tokens[:start], tokens[start:]
 
 
 def _parse_prefix(before: str) -> Prefix:

@@ -191,13 +191,18 @@ def train_text_tokenizer(texts: Iterable[str], vocabulary_size: int, *, single_c
     return _build(learner.get_vocab(), merges, {}, single_chinese, Path("(trained)"))
 
 
-def check_same_tokenizer(tokenizer: TextTokenizer, expected_hash: str, place: str | os.PathLike[str]) -> None:
-    """Raise UserError unless the tokenizer's hash is that of the checkpoint at `place`."""
+def check_same_tokenizer(
+    tokenizer: TextTokenizer,
+    expected_hash: str,
+    place: str | os.PathLike[str],
+    *,
+    name: str = "tokenizer",
+    mend: str = "use the tokenizer that was saved with the checkpoint",
+) -> None:
+    """Raise UserError unless the tokenizer, which the user knows as `name`, has the hash of the checkpoint at `place`."""
     if tokenizer.hash != expected_hash:
-        raise UserError(
-            f"tokenizer: its hash {tokenizer.hash[:12]} differs from {expected_hash[:12]} of the checkpoint {place}; "
-            "use the tokenizer that was saved with the checkpoint"
-        )
+        differ = f"its hash {tokenizer.hash[:12]} differs from {expected_hash[:12]}"
+        raise UserError(f"{name}: {differ} of the checkpoint {place}; {mend}")
 
 
 def check_token_ratio(

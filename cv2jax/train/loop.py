@@ -50,6 +50,10 @@ class Task(Protocol):
         """The state of step 0 with the parameters that `config.init_from` names in place of its own."""
         ...
 
+    def keep(self, workdir: pathlib.Path) -> None:
+        """Copies into a run's directory, unless it is there, what its use needs beside the checkpoint; one process calls it."""
+        ...
+
     def make_step(self) -> StepFunction:
         """step(state, batch, key) → (state, metrics), not compiled."""
         ...
@@ -99,6 +103,8 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSign
             stop.share()
         start = checkpoints.latest_step or 0
         save_or_compare(workdir, config, task.facts(), started=start > 0, write=first)
+        if first:
+            task.keep(workdir)
         if start >= config.num_steps:
             logging.info("%s has all its %d steps already", workdir, config.num_steps)
             return 0
@@ -134,9 +140,11 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSign
                 if line_due or save_due:
                     recorder.record(step, to_host(window), line=line_due)
                     window = []
+                if save_due and not last:  # before an evaluation, which takes its time and may fail
+                    checkpoints.save(step, state)
                 if (step % config.evaluate_every == 0 and not stopping) or last:
                     recorder.record_evaluation(step, evaluate(state), draw=last)
-                if save_due:
+                if last:  # with it the run counts as finished, so its evaluation comes first
                     checkpoints.save(step, state)
                 if stopping and not last:
                     checkpoints.wait()

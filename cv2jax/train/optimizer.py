@@ -8,7 +8,7 @@ import optax
 
 from cv2jax.config import OptimizerConfig
 
-DECAYED = ("kernel", "embedding")  # weight decay pulls matrices, never biases, norms or scales
+DECAYED = ("kernel", "embedding")  # ends of names: weight decay pulls matrices, never biases, norms or scales
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -72,5 +72,5 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
 def _decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(entry, "key", None) in DECAYED for entry in path), params
+        lambda path, _: any(str(getattr(entry, "key", "")).endswith(DECAYED) for entry in path), params
     )

@@ -50,10 +50,12 @@ def make_state(init: Callable[[jax.Array], TrainState], shardings: Any, key: jax
 def restart(
     state: TrainState, params: Any, optimizer: optax.GradientTransformation, is_trained: IsTrained | None = None
 ) -> TrainState:
-    """The state at step 0 with these of its parameters (a nested dict with some of them) replaced, in its shardings."""
+    """The state at step 0 with these of its parameters (a nested dict with some of them) replaced; donates both."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     init = jax.jit(
-        lambda state: init_train_state(state.params, state.model_state, optimizer, is_trained), out_shardings=shardings
+        lambda state: init_train_state(state.params, state.model_state, optimizer, is_trained),
+        out_shardings=shardings,
+        donate_argnums=0,  # else the whole state would be there twice
     )
     return init(dataclasses.replace(state, params=combine(state.params, params)))
 

@@ -1,4 +1,4 @@
-"""The language model's official train step compiles for a v5e-16 that is not here, and fits it at 16,384 positions a chip."""
+"""The language model's official train step, as launched, compiles for a v5e-16 that is not here, and fits it."""
 
 import os
 
@@ -20,14 +20,14 @@ from tests.small_token_corpus import make_small_token_corpus
 
 pytestmark = pytest.mark.aot
 GIB = 2**30
-POSITIONS = 16_384  # on each of the 16 chips
+POSITIONS = 16_384  # on each of the 16 chips, at least
 
 
 def test_the_official_step_fits_sixteen_v5e(tmp_path):
     corpus = make_small_token_corpus(tmp_path / "tokens")
-    rows = 16 * POSITIONS // 2048
-    sets = (f"data.corpus={corpus}", f"data.batch_rows={rows}", "compute_dtype=bfloat16")
+    sets = (f"data.corpus={corpus}", "compute_dtype=bfloat16")
     config = override(load_config("text_speech_lm_official"), sets)
+    assert config.data.batch_rows * config.data.row_length >= 16 * POSITIONS
     task = make_task(config)
     assert task.model_config.backbone.vocabulary_size == 151_936
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
@@ -44,4 +44,5 @@ def test_the_official_step_fits_sixteen_v5e(tmp_path):
     assert memory.argument_size_in_bytes < 1.3 * whole / 16 + 64 * 2**20
     text = compiled.as_text()
     assert re.search("all-gather", text)
-    assert "splash" in text or "custom-call" in text
+    assert text.count("splash") > 0
+    assert "2048,2048]" not in text  # no logits of all positions

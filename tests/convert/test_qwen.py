@@ -248,7 +248,9 @@ def test_an_index_that_does_not_fit(tmp_path):
     values = json.loads(index.read_text())
     values["weight_map"]["model.more"] = "model-00001-of-00003.safetensors"
     index.write_text(json.dumps(values))
-    assert "model.more is on one side only" in error(load_backbone, place)
+    values["weight_map"] |= {f"model.layers.{i}.more": "model-00001-of-00003.safetensors" for i in range(7)}
+    index.write_text(json.dumps(values))
+    assert "its shards (only on one side: model.layers.{0-6}.more, model.more); copy" in error(load_backbone, place)
     (place / "model-00002-of-00003.safetensors").unlink()
     assert "not there (model-00002-of-00003.safetensors)" in error(load_backbone, place)
     index.write_text('{"weight_map": {}}')
@@ -283,6 +285,20 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     assert "cannot be written" in error(save_backbone, params, config, tmp_path / "file" / "out")
     assert (out / "model.safetensors").stat() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_more_is_written_before_the_directory_appears(tmp_path, caplog):
+    out, seen = tmp_path / "out", []
+
+    def finish(place):
+        seen.extend(path.name for path in place.iterdir())
+        assert not out.exists()
+        (place / "model.py").write_text("")
+
+    with caplog.at_level("WARNING", logger="absl"):
+        save_backbone(load_backbone(TIED), read_backbone_config(TIED), out, finish=finish)
+    assert sorted([*seen, "model.py"]) == sorted(path.name for path in out.iterdir())
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [str(out)]
 
 
 def test_an_untied_source_must_have_its_head(copy, tmp_path):

@@ -1,12 +1,15 @@
 """The rule engine: any table is a bijection or one error; blocks are read, and only those that are asked for."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cv2jax.config import MeshConfig, UserError
-from cv2jax.convert.rules import Rule, foreign_tensors, load_tree
+from cv2jax.convert.rules import Rule, fold_names, foreign_tensors, load_tree
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 
@@ -162,13 +165,54 @@ def test_everything_wrong_is_in_one_error():
     del tree["joint"]["k"]
     text = message(RULES, arrays, tree)
     assert text.startswith("somewhere does not fit the model: 2 missing: blocks.1.up.conv, table; ")
-    assert (
-        "11 left over: blocks.2.q, blocks.2.o, blocks.2.alpha, blocks.2.up.conv, blocks.2.down.conv and 6 more; "
-        in text
-    )
+    left = ", ".join(f"blocks.{{2-3}}.{name}" for name in ("q", "o", "alpha", "up.conv", "down.conv"))
+    assert f"11 left over: {left}, qkv (2 of 3 parts); " in text
     assert "blocks.0.o is [12 8] and must be [8 12]" in text
     assert "blocks.1.q is int32 and must be like float32" in text
     assert "1 of ours without a counterpart: strange/thing" in text
+
+
+def test_equal_misfits_of_many_layers_are_told_once():
+    arrays = foreign(layers=12)
+    tree = shapes_of(expected(arrays, layers=12))
+    for i in range(12):
+        arrays[f"blocks.{i}.o"] = np.zeros((8, 9 if i == 10 else 6), np.float32)
+    text = message(RULES, arrays, tree)
+    shapes = "blocks.{0-9,11}.o is [8 6] and must be [8 12], blocks.10.o is [8 9] and must be [8 12]; take"
+    assert f"12 of another shape: {shapes}" in text
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_folded_names_say_exactly_which(seed):
+    """Whatever lies in a folded name is there, and nothing else; each once."""
+    rng = np.random.default_rng(seed)
+    makers = (
+        lambda: f"outer.{rng.integers(3)}.inner.{rng.integers(12)}.w",
+        lambda: f"a/blocks_{rng.integers(4)}/conv1 is [{rng.integers(2)} 3]",
+        lambda: f"{rng.integers(3)}.x.{rng.integers(2)}",
+        lambda: rng.choice(["x", "x.1", "x.01", "layer2.w", "layer3.w"]),
+    )
+    names = [str(makers[rng.integers(4)]()) for _ in range(90)]
+    folded = fold_names(names)
+
+    def unfold(name):
+        pieces = re.split(r"\{([\d,-]+)\}", name)
+        for at in range(1, len(pieces), 2):
+            ends = [[int(end) for end in span.split("-")] for span in pieces[at].split(",")]
+            pieces[at] = [str(n) for span in ends for n in range(span[0], span[-1] + 1)]
+        return ["".join(row) for row in itertools.product(*([p] if isinstance(p, str) else p for p in pieces))]
+
+    found = list(itertools.chain.from_iterable(map(unfold, folded)))
+    assert sorted(found) == sorted(set(names))
+    assert len(folded) < len(found) / 2
+
+
+def test_names_fold_over_all_their_numbers():
+    names = [f"outer.{i}.inner.{j}.w" for i in (3, 0, 1) for j in range(12)]
+    assert fold_names(["head", *names, "tail.2"]) == ["head", "outer.{0-1,3}.inner.{0-11}.w", "tail.2"]
+    assert fold_names(names[:-1]) == ["outer.{0,3}.inner.{0-11}.w", "outer.1.inner.{0-10}.w"]
+    assert fold_names(["net/blocks_0/q", "net/blocks_1/q"]) == ["net/blocks_{0-1}/q"]
+    assert fold_names([]) == []
 
 
 def test_a_missing_part_is_told_both_ways():

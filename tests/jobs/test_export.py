@@ -1,5 +1,6 @@
 """`cv2jax export`: bit for bit what the run holds, merged and averaged as asked, the tokenizer beside it, errors one line."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -15,11 +16,13 @@ from cv2jax.config import LoraConfig
 from cv2jax.convert.qwen import load_backbone
 from cv2jax.nn.stack import stack_layers
 from cv2jax.text.tokenizer import load_text_tokenizer
+from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.lora import LORA, load_lora
 from cv2jax.train.state import evaluation_params
 from tests.small_lm_run import make_run
 from tests.small_token_corpus import make_small_token_corpus
 
+NO_AVERAGE = "optimizer.ema_decay=0.0"
 LORA_SETS = ("lora.rank=2", "lora.alpha=6", "lora.also_trained=('head_bias',)", "optimizer.ema_decay=0.5")
 
 
@@ -31,7 +34,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "plain"
-    return workdir, make_run(workdir, corpus, "model.backbone.scan_layers=False", steps=(5, 7))
+    return workdir, make_run(workdir, corpus, "model.backbone.scan_layers=False", NO_AVERAGE, steps=(5, 7))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,35 @@ def test_factors_are_merged_and_averages_taken(adapted, tmp_path, ema):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_side_file_over_its_base_is_the_run_that_made_it(adapted, corpus, tmp_path, capsys):
+    workdir, state = adapted
+    base, file = tmp_path / "base", tmp_path / "voice.safetensors"
+    old = make_run(base, corpus, "model.backbone.scan_layers=True", NO_AVERAGE)[5]
+    frozen = {name: value for name, value in state.params.items() if name != LORA}
+    # The file brings a head bias of its own: the base's may be any.
+    frozen["head_bias"] = old.params["head_bias"]
+    with Checkpoints(base / "checkpoints", keep=9) as checkpoints:
+        checkpoints.save(6, dataclasses.replace(old, params=frozen))
+    assert export(workdir, "--to", "lora", "--out", file) == 0
+    variants = {"adapted": (workdir,), "base": (base, "--lora", file), "bare": (base,)}
+    said = {}
+    for name, words in variants.items():
+        place = tmp_path / f"of {name}"
+        assert export(*words, "--to", "qwen2", "--out", place) == 0
+        spoken = (*words, "one two", "six", "--max_length=9", "--min_length=9", "--out", f"{place}.jsonl")
+        assert run_cli(["say", *map(str, spoken)]) in (0, 3)
+        said[name] = pathlib.Path(f"{place}.jsonl").read_text(), (place / "model.safetensors").read_bytes()
+    assert said["adapted"] == said["base"]
+    for one, other in zip(said["base"], said["bare"], strict=True):
+        assert one != other
+    capsys.readouterr()
+    other = ("export", base, "--step=5", "--to=qwen2", f"--out={tmp_path / 'no'}")
+    for words in (other, ("say", base, "one", "--step=5"), ("say", workdir, "one")):
+        assert run_cli([*map(str, words), f"--lora={file}"]) == 2
+        assert "voice.safetensors does not fit: base: " in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_average_of_a_run_that_trains_everything(corpus, tmp_path):
     state = make_run(tmp_path / "run", corpus, "optimizer.ema_decay=0.9")[5]
     assert export(tmp_path / "run", "--to=qwen2", f"--out={tmp_path / 'out'}", "--dtype=bfloat16") == 0
@@ -137,7 +169,7 @@ def wrong(plain, corpus, tmp_path_factory):
         (root / name / "run.json").write_text(json.dumps(described | change))
         if name != "young":
             shutil.copytree(plain[0] / "checkpoints", root / name / "checkpoints", dirs_exist_ok=True)
-    make_run(root / "nan", corpus, poison=True)
+    make_run(root / "nan", corpus, NO_AVERAGE, poison=True)
     (root / "full").mkdir()
     (root / "full" / "file").write_text("")
     shutil.copytree(other / "text_tokenizer", root / "base")
@@ -161,14 +193,16 @@ CASES = [
     (("{plain}", "--to=qwen2", "--out={wrong}/full/file"), r"file: exists already; give a new place"),
     (("{plain}", "--to=qwen2", "--out={wrong}/full/file/x"), r"full/file/x: cannot be written"),
     (("{plain}", "--to=qwen2", "--out={new}", "--carry_from={wrong}/full"), r"full: no config.json"),
-    (("{plain}", "--to=qwen2", "--out={new}", "--carry_from={wrong}/base"), r"--carry_from .*base: its text tokenizer"),
-    (("{plain}", "--to=qwen2", "--out={new}", "--text_tokenizer={wrong}/base"), r"--text_tokenizer .*is not that of"),
+    (("{plain}", "--to=qwen2", "--out={new}", "--carry_from={wrong}/base"), r"--carry_from .*base: its hash"),
+    (("{plain}", "--to=qwen2", "--out={new}", "--text_tokenizer={wrong}/base"), r"--text_tokenizer .*differs from"),
     (("{plain}", "--to=qwen2", "--out={new}", "--text_tokenizer={wrong}/no"), r"tokenizer .*/no: no tokenizer there"),
-    (("{wrong}/moved", "--to=qwen2", "--out={new}"), r"gone/text_tokenizer: .*moved; give its --text_tokenizer"),
+    (("{wrong}/moved", "--to=qwen2", "--out={new}"), r"moved/text_tokenizer: .*gone; give its --text_tokenizer"),
     (("{plain}", "--to=lora", "--out={new}.safetensors"), r"trained without low-rank factors"),
     (("{adapted}", "--to=lora", "--out={new}"), r"ends in .safetensors"),
     (("{adapted}", "--to=lora", "--out={new}.safetensors", "--dtype=bfloat16"), r"--dtype is not for --to lora"),
     (("{adapted}", "--to=lora", "--out={new}.safetensors", "--carry_from=x"), r"--carry_from is not for --to lora"),
+    (("{adapted}", "--to=lora", "--out={new}.safetensors", "--lora=x"), r"--lora is not for --to lora"),
+    (("{plain}", "--to=qwen2", "--out={new}", "--lora={wrong}/no"), r"no does not exist"),
 ]
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from cv2jax.config import UserError
 from cv2jax.models.text_speech_lm import sequence
-from cv2jax.models.text_speech_lm.model import IGNORE, SPECIAL, SPEECH, TEXT
+from cv2jax.models.text_speech_lm.sequence import IGNORE, SPECIAL, SPEECH, TEXT
 from tests.models.golden_lm import GOLDENS, NUM_SPEECH_TOKENS
 
 TABLES = {

@@ -1,4 +1,4 @@
-"""Whole and arriving text: the sequence of inputs against the training layout, tokens against a teacher-forced forward."""
+"""Whole and arriving text against a teacher-forced forward; mates, slots, the end of the context, options, errors."""
 
 import dataclasses
 
@@ -19,7 +19,6 @@ from tests.models.golden_lm import golden_config, golden_params
 
 CONFIG, SAMPLER = golden_config(), RequestSampler()
 EOS = sequence.eos_id(CONFIG.num_speech_tokens)
-RATIOS = [(5, 15), (1, 1), (3, 7), (4, 2), None]
 
 
 @pytest.fixture(scope="module")
@@ -33,101 +32,6 @@ def cut(tokens, rng):
     """Random pieces, some of them empty."""
     borders = np.sort(rng.integers(0, len(tokens) + 1, rng.integers(0, 8)))
     return np.split(np.asarray(tokens, np.int32), borders)
-
-
-def play(prompt_text, prompt_speech, pieces, speech, ratio, rng):
-    """Runs the machine, "drawing" `speech`; returns the inputs (token, kind) and what was drawn behind each."""
-    progress, inputs, drawn, left = (
-        stream.init(prompt_text.tolist(), prompt_speech.tolist(), ratio),
-        [],
-        [],
-        speech.tolist(),
-    )
-
-    def run():
-        nonlocal progress
-        num = 0
-        while True:
-            progress, todo = stream.step(progress, num)
-            inputs.extend(zip(todo.tokens, todo.kinds, strict=True))
-            num = min(todo.num_draws, int(rng.integers(1, 9)), len(left))
-            if not todo.num_draws or (todo.in_tail and not left):
-                return todo
-            assert num, "a group asked for more speech than there is"
-            for _ in range(num):
-                drawn.append((len(inputs) - 1, left[0]))
-                inputs.append((left.pop(0), sequence.SPEECH))
-
-    for piece in pieces:
-        progress = stream.push_text(progress, piece.tolist())
-        assert not run().in_tail
-    progress = stream.flush(progress)
-    assert run().in_tail
-    return inputs, drawn
-
-
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_inputs_and_draws_are_those_of_the_training_layout(ratio):
-    rng = np.random.default_rng(3)
-    for _ in range(60):
-        text, num_prompt_text = rng.integers(0, 512, rng.integers(1, 40)), int(rng.integers(0, 12))
-        num_text = num_prompt_text + len(text)
-        groups = num_text // ratio[0] * ratio[1] if ratio else 0
-        speech = rng.integers(0, 61, groups + int(rng.integers(0, 20)))
-        num_prompt = int(rng.integers(0, min(len(speech), 50) + 1))
-        prompt_text = rng.integers(0, 512, num_prompt_text)
-        row = sequence.build_row(
-            np.concatenate([prompt_text, text]),
-            speech,
-            bistream=ratio is not None,
-            text_vocabulary_size=512,
-            num_speech_tokens=61,
-            ratio=ratio or (5, 15),
-        )
-        for _ in range(3):
-            arguments = prompt_text, speech[:num_prompt], cut(text, rng), speech[num_prompt:], ratio, rng
-            inputs, drawn = play(*arguments)
-            assert inputs == list(zip(row.token.tolist(), row.kind.tolist(), strict=True))
-            at, tokens = (np.array([pair[i] for pair in drawn], int) for i in (0, 1))
-            np.testing.assert_array_equal(row.targets[at], tokens)
-            # Nothing is drawn where the layout has no target or a prompt; what is left are the fills and the one eos.
-            others = np.setdiff1d(np.flatnonzero(row.targets != sequence.IGNORE), at)
-            others = others[row.targets[others] >= 61]
-            assert len(others) == (num_text // ratio[0] if ratio else 0) + 1
-
-
-def test_a_group_filled_by_the_prompt_waits_for_text_and_has_no_double_group():
-    progress = stream.init(range(6), range(15))  # Q2: a whole group of prompt speech
-    progress, todo = stream.step(progress)
-    assert todo.tokens == (sequence.SOS, *range(5), *range(15))
-    assert (todo.num_draws, todo.in_tail) == (0, False)
-    progress, todo = stream.step(stream.push_text(progress, [10, 11, 12]))
-    assert (todo.tokens, todo.num_draws) == ((), 0)
-    progress, todo = stream.step(stream.push_text(progress, [13, 14]))
-    assert (todo.tokens, todo.num_draws) == ((5, 10, 11, 12, 13), 15)
-    progress, todo = stream.step(stream.flush(progress), 4)
-    assert (todo.tokens, todo.num_draws, todo.in_tail) == ((), 11, False)
-    progress, todo = stream.step(progress, 11)
-    assert todo.tokens == (14, sequence.TASK)  # Q1: nothing is fed twice
-    assert todo.in_tail
-
-
-def test_prompt_speech_that_the_text_leaves_over_goes_behind_task():
-    progress = stream.flush(stream.push_text(stream.init([1], range(20)), [2, 3, 4, 5, 6]))  # Q3
-    _, todo = stream.step(progress)
-    assert todo.tokens == (sequence.SOS, 1, 2, 3, 4, 5, *range(15), 6, sequence.TASK, *range(15, 20))
-    assert todo.in_tail
-
-
-def test_misuse_of_the_machine():
-    with pytest.raises(ValueError, match="behind the flush"):
-        stream.push_text(stream.flush(stream.init()), [1])
-    progress, todo = stream.step(stream.push_text(stream.init(), range(5)))
-    assert todo.num_draws == 15
-    with pytest.raises(ValueError, match="16 tokens were drawn"):
-        stream.step(progress, 16)
-    with pytest.raises(UserError, match="ratio 0:15"):
-        stream.init(ratio=(0, 15))
 
 
 def request(seed, num_text, num_prompt_text=0, num_prompt_speech=0, **settings):
@@ -301,6 +205,108 @@ def test_errors(params, asked, message):
     with pytest.raises(UserError, match=message) as error:
         generate(params, [REQUESTS[0], dataclasses.replace(asked, name="u")])
     assert "\n" not in str(error.value)
+
+
+def make_streams(params, **settings):
+    settings = {"options": DRAWS, "num_steps": 7} | settings
+    return stream.Streams(CONFIG, decode.decoder_params(CONFIG, params), SAMPLER, **settings)
+
+
+def run(streams, slot=0):
+    """All that the request draws until it ends or waits."""
+    tokens, status = [], "running"
+    while status == "running":
+        result = streams.advance().get(slot)
+        if result is None:
+            return tokens, "waiting"
+        tokens.extend(result.speech_tokens.tolist())
+        status = result.status
+    return tokens, status
+
+
+@pytest.mark.parametrize("arriving", [False, True])
+def test_a_text_that_fits_is_spoken_up_to_the_end_of_the_context(params, monkeypatch, arriving):
+    monkeypatch.setattr(stream, "MAX_POSITIONS", 128)
+    monkeypatch.setattr(decode, "grow", None)  # the smallest cache holds such a context
+    room = 128 - 2 - 20 - 5
+    asked = [request(1, 20, 2, 3, min_length=room), request(2, 20, 2, 3, max_length=room)]
+    results = generate(params, asked, stream=arriving, num_steps=25)
+    assert (results[0].status, len(results[0].speech_tokens)) == ("hit_limit", room)
+    for settings in ({"min_length": room + 1}, {"max_length": room + 1}):
+        with pytest.raises(UserError, match=r"^request: .* 102 speech tokens take 129 positions, more than 128; split"):
+            generate(params, [request(1, 20, 2, 3, **settings)], stream=arriving)
+    with pytest.raises(UserError, match="at least 84 speech tokens take 133 positions"):
+        generate(params, [request(1, 42, 2, 3)], stream=arriving)  # of which two a text token is the least
+
+
+def test_text_is_refused_where_it_leaves_no_room_and_the_request_goes_on(params, monkeypatch):
+    monkeypatch.setattr(stream, "MAX_POSITIONS", 60)
+    streams, text = make_streams(params), request(4, 14).text_tokens
+    streams.open(0, stream.Request(text_tokens=text[:9], name="u"), jax.random.fold_in(jax.random.key(5), 0))
+    tokens, status = run(streams)
+    assert (len(tokens), status) == (15, "waiting")
+    with pytest.raises(UserError, match=r"^u: .* at least 40 speech tokens take 62 positions, more than 60; split"):
+        streams.push_text(0, np.zeros(11, np.int32))
+    streams.push_text(0, text[9:])
+    more, status = run(streams)
+    assert (len(more), status) == (15, "waiting")
+    streams.flush(0)
+    rest, status = run(streams)
+    (want,) = generate(params, [stream.Request(text_tokens=text)], stream=True)
+    assert (tokens + more + rest, status) == (want.speech_tokens.tolist(), want.status)
+
+
+def test_speech_that_fills_the_room_before_the_text_ends_hits_the_limit(params, monkeypatch):
+    monkeypatch.setattr(stream, "MAX_POSITIONS", 40)
+    streams = make_streams(params, num_steps=9)
+    streams.open(0, request(4, 10, min_length=3), jax.random.key(5))
+    assert [len(streams.advance()[0].speech_tokens) for _ in range(3)] == [9, 6, 9]
+    with pytest.raises(UserError, match="at least 25 speech tokens take 41"):
+        streams.push_text(0, np.zeros(4, np.int32))
+    streams.push_text(0, np.zeros(3, np.int32))
+    tokens, status = run(streams)
+    assert (len(tokens), status) == (1, "hit_limit")
+    streams.flush(0)
+    assert streams.advance() == {}
+
+
+def test_a_refused_flush_leaves_the_request_open(params):
+    streams = make_streams(params)
+    empty = stream.Request(text_tokens=np.zeros(0, np.int32), prompt_text_tokens=np.arange(3), max_length=4)
+    for _ in range(2):
+        streams.open(0, empty, jax.random.key(0))
+        with pytest.raises(UserError, match=r"^request: has no text tokens"):
+            streams.flush(0)
+        assert (streams.free, run(streams)) == ([], ([], "waiting"))
+        streams.close(0)
+    streams.open(0, empty, jax.random.key(0))
+    with pytest.raises(UserError):
+        streams.flush(0)
+    streams.push_text(0, np.arange(2))
+    streams.flush(0)
+    assert len(run(streams)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_n": 3}, r"^u: sampling\.top_n: .* known are temperature, top_p, top_k"),
+        ({"top_k": 26}, r"^u: sampling\.top_k=26: .* 0 to 25"),
+        ({"top_p": 0}, r"^u: sampling\.top_p=0\.0: must be above 0"),
+    ],
+)
+def test_options_of_a_request_are_checked_before_it_takes_a_slot(params, options, message):
+    asked = stream.Request(text_tokens=np.arange(3), options=options, name="u", max_length=2)
+    streams = make_streams(params)
+    with pytest.raises(UserError, match=message):
+        streams.open(0, asked, jax.random.key(0))
+    assert streams.free == [0]
+    with pytest.raises(UserError, match=message):
+        generate(params, [REQUESTS[0], asked])
+    with pytest.raises(UserError, match=message.replace("u: ", "")):
+        make_streams(params, options=options)
+    streams.open(0, dataclasses.replace(asked, options={"temperature": 0}), jax.random.key(0), flushed=True)
+    assert len(run(streams)[0]) == 2
 
 
 def test_nothing_to_do(params):

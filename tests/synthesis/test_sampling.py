@@ -210,54 +210,15 @@ def test_options_may_differ_in_a_batch():
         assert int(mixed[row]) == int(sampling.sample_ras(all_keys[row], rows[row], recent[row], **options))
 
 
-def test_every_stop_is_masked_below_the_minimum_length():
-    stops, logp = (61, 62, 63), jnp.full(64, -20.0).at[jnp.array([61, 62, 63])].set(jnp.log(0.3333))
-    before = sampling.forbid_stops(4, 5, stops, 64)
-    assert np.flatnonzero(before).tolist() == [61, 62, 63]
-    assert not np.any(sampling.forbid_stops(5, 5, stops, 64))
-    assert not np.any(sampling.forbid_stops(0, 5, (), 64))
+def test_what_is_forbidden_is_not_drawn_where_nothing_else_has_mass():
+    stops = jnp.array([61, 62, 63])
+    logp, before = jnp.full(64, -20.0).at[stops].set(jnp.log(0.3333)), jnp.arange(64) >= 61
     # Speech has next to no mass, yet nothing else may be drawn, not even by the second draw of RAS.
     window = jnp.arange(10)
     for forbidden, allowed in ((before, False), (~before, True)):
         tokens = jax.vmap(lambda key, f=forbidden: sampling.sample_ras(key, logp, window, f))(keys(500))
         assert np.all(np.isin(np.asarray(tokens), stops) == allowed)
         assert (int(sampling.greedy(logp, forbidden)) in stops) == allowed
-    lengths = jnp.array([3, 5, 7])
-    masks = jax.vmap(lambda generated, least: sampling.forbid_stops(generated, least, stops, 64))(lengths, lengths + 1)
-    assert masks.sum(axis=1).tolist() == [3, 3, 3]
-
-
-def test_the_window_moves():
-    recent = sampling.init_recent(3)
-    assert recent.tolist() == [NO_TOKEN] * 3
-    for token in (5, 6, 7, 8):
-        recent = sampling.push_recent(recent, jnp.int32(token))
-    assert recent.tolist() == [6, 7, 8]
-    assert sampling.push_recent(sampling.init_recent(0), jnp.int32(5)).shape == (0,)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        SamplingOptions(),
-        SamplingOptions(temperature=0.0),
-        SamplingOptions(win_size=0, top_p=1.0, top_k=0),
-        SamplingOptions(temperature=0.7, top_p=0.9, top_k=5, win_size=4, tau_r=0.5),
-    ],
-)
-def test_make_sampler_uses_its_options(options):
-    sampler, window = sampling.make_sampler(options), jnp.zeros(options.win_size, jnp.int32)
-    shape = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
-    for forbidden in (None, jnp.arange(6) == 0):
-        for key in keys(40):
-            if options.win_size:
-                wanted = sampling.sample_ras(key, LOGP, window, forbidden, tau_r=options.tau_r, **shape)
-            else:
-                wanted = sampling.sample(key, LOGP, forbidden, **shape)
-            token = sampler(key, LOGP, window, forbidden)
-            assert int(token) == int(wanted)
-            assert token.dtype == jnp.int32
-    assert hash(options) == hash(dataclasses.replace(options))
 
 
 @pytest.mark.parametrize(
@@ -280,20 +241,25 @@ def test_options_that_cannot_be_meant(name, value):
     with pytest.raises(UserError, match=rf"^sampling\.{name}="):
         options.validate()
     with pytest.raises(UserError, match=rf"^sampling\.{name}="):
-        sampling.make_sampler(options)
+        sampling.make_request_sampler(options)
 
 
-def test_a_request_sampler_draws_as_the_sampler_of_its_options():
-    rows, all_keys, recent = random_rows(3), keys(3), jnp.full((3, 10), NO_TOKEN).at[:, 9].set(5)
-    asked = [SamplingOptions(), SamplingOptions(temperature=0.0, top_k=2), SamplingOptions(top_p=0.5, temperature=2.0)]
+@pytest.mark.parametrize("shared", [{}, {"win_size": 0}, {"win_size": 4, "tau_r": 0.5}])
+def test_a_request_sampler_draws_with_the_options_of_each_request(shared):
+    rows, all_keys = random_rows(3), keys(3)
+    recent = jnp.full((3, shared.get("win_size", 10)), NO_TOKEN).at[:, -2:].set(jnp.argmax(rows, axis=-1)[:, None])
+    varied = {}, {"temperature": 0.0, "top_k": 2}, {"top_p": 0.5, "temperature": 2.0}
+    asked = [SamplingOptions(**shared, **one) for one in varied]
     sampler, forbidden = sampling.make_request_sampler(asked[0]), jnp.zeros((3, 64), bool).at[:, 7].set(True)
     table = [sampler.options(options) for options in asked]
     columns = {name: jnp.array([row[name] for row in table]) for name in table[0]}
     drawn = jax.jit(jax.vmap(sampler))(all_keys, rows, recent, forbidden, columns)
     for row, options in enumerate(asked):
-        alone = sampling.make_sampler(options)(all_keys[row], rows[row], recent[row], forbidden[row])
+        wanted = dataclasses.asdict(options)
+        del wanted["win_size"]
+        alone = sampling.sample_ras(all_keys[row], rows[row], recent[row], forbidden[row], **wanted)
         assert int(drawn[row]) == int(alone)
-    again = sampling.make_request_sampler(SamplingOptions(temperature=0.5))
+    again = sampling.make_request_sampler(SamplingOptions(temperature=0.5, **shared))
     assert (again, hash(again)) == (sampler, hash(sampler))
 
 
@@ -310,6 +276,29 @@ def test_a_request_sampler_refuses_what_it_was_not_built_for(options, message):
     with pytest.raises(UserError, match=message) as error:
         sampling.RequestSampler().options(SamplingOptions(**options))
     assert "\n" not in str(error.value)
+
+
+def test_a_row_is_completed_typed_and_checked():
+    sampler = sampling.RequestSampler(win_size=4, tau_r=0.3, num_candidates=30)
+    assert sampler.row({}) == sampler.row(sampler.row({})) == {"temperature": 1.0, "top_p": 0.8, "top_k": 25}
+    row = sampler.row({"top_p": 1, "top_k": np.int64(30), "temperature": np.float32(0.5)})
+    assert row == {"temperature": 0.5, "top_p": 1.0, "top_k": 30}
+    assert [type(value) for value in row.values()] == [float, float, int]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 26}, r"^sampling\.top_k=26: the decoder was built"),
+        ({"top_k": 2.5}, r"^sampling\.top_k=2\.5: must be a whole number"),
+        ({"top_p": "0.8"}, r"^sampling\.top_p='0\.8': must be a number"),
+        ({"top_p": 0}, r"^sampling\.top_p=0\.0: must be above 0"),
+        ({"win_size": 10}, r"^sampling\.win_size: is no option of a request; known are temperature, top_p, top_k$"),
+    ],
+)
+def test_a_row_that_cannot_be_meant(options, message):
+    with pytest.raises(UserError, match=message):
+        sampling.RequestSampler().row(options)
 
 
 def test_a_request_sampler_without_a_bound_on_candidates_takes_every_token():

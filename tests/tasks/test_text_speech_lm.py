@@ -12,23 +12,27 @@ import pytest
 
 from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.convert.qwen import save_backbone
+from cv2jax.data.packed_batch import bistream_coins
 from cv2jax.data.token_corpus import TokenCorpus
-from cv2jax.models.text_speech_lm.loss import next_token_loss
+from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
+from cv2jax.models.text_speech_lm.loss import next_token_loss, packed_loss
 from cv2jax.models.text_speech_lm.model import TextSpeechLm, init_params
-from cv2jax.models.text_speech_lm.sequence import collate
+from cv2jax.models.text_speech_lm.sequence import build_mixed_row, collate
 from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.tasks import make_task
-from cv2jax.tasks.text_speech_lm import lay_out
+from cv2jax.text.tokenizer import load_text_tokenizer
+from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.loop import train
 from cv2jax.train.lora import LORA
 from cv2jax.train.metrics import TIME_FIELDS, read_metrics
-from cv2jax.train.state import make_state
+from cv2jax.train.state import TrainState, make_state
 from cv2jax.train.step import compile_steps
+from tests.models.small_tokenizer import make_variables, small
 from tests.small_token_corpus import NUM_CODES, SMALL_LM, make_small_token_corpus
 
-SMALL = [*SMALL_LM, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3"]
+SMALL = [*SMALL_LM, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3", "evaluate_utterances=4"]
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +44,23 @@ def small_config(corpus, *sets):
     return override(load_config("text_speech_lm_tiny"), [f"data.corpus={corpus}", *SMALL, *sets])
 
 
-def first_steps(config, mesh_config, num_devices, num_steps=3):
+def start(config, mesh):
     task = make_task(config)
+    _, shardings = abstract_state(task.init_state, mesh)
+    return task, task.warm_start(make_state(task.init_state, shardings, jax.random.key(0)))
+
+
+def first_steps(config, mesh_config, num_devices, num_steps=3):
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    task, state = start(config, mesh)
     abstract, shardings = abstract_state(task.init_state, mesh)
     steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
-    state = task.warm_start(make_state(task.init_state, shardings, jax.random.key(0)))
-    start, got = jax.device_get(state.params), []
+    first, got = jax.device_get(state.params), []
     for _, size, local in task.batches(0, num_steps, mesh):
         batch = global_batch(mesh, local, size)
         state, metrics = steps.for_batch(batch)(state, batch, jax.random.key(1))
         got.append((float(metrics["loss"]), int(metrics["batch_hash"])))
-    return got, start, state
+    return got, first, state
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +85,18 @@ def test_scan_remat_chunks_and_layout_of_the_loss_change_nothing(corpus, on_one_
 def test_packed_rows_have_the_loss_of_rows_of_their_own(corpus, on_one_device):
     task = make_task(small_config(corpus))
     _, _, packed = next(task.batches(0, 1, make_mesh(MeshConfig(), jax.devices()[:1])))
-    members = [(row, int(u)) for row, line in enumerate(packed["utterance"]) for u in line if u >= 0]
+    utterances = packed["utterance"][packed["utterance"] >= 0].astype(np.int64)
     split, model = TokenCorpus(corpus).split("train"), task.model_config
-    rows = []
-    for row, utterance in members:  # as the coin fell
-        either = [lay_out(split.read(utterance), coin, config=model, max_length=128) for coin in (0.9, 0.1)]
-        rows.append(next(laid for laid in either if contains(packed["targets"][row], laid.targets)))
+    options = {
+        "text_vocabulary_size": model.backbone.vocabulary_size,
+        "num_speech_tokens": NUM_CODES,
+        "max_length": 128,
+    }
+    coins = bistream_coins(0, 0, utterances)
+    rows = [
+        build_mixed_row(split.read(int(u)), coin, ratio=model.ratio, **options)
+        for u, coin in zip(utterances, coins.tolist(), strict=True)
+    ]
     batch = {name: jnp.asarray(array) for name, array in collate(rows, 64).items()}
     positions, mask = jnp.broadcast_to(jnp.arange(64), batch["token"].shape), jnp.tril(jnp.ones((64, 64), bool))
     params = jax.tree.map(jnp.asarray, on_one_device[1])
@@ -90,12 +105,8 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own(corpus, on_one_device):
     loss, metrics = next_token_loss(logits, batch["targets"], num_speech_tokens=NUM_CODES)
     assert int(metrics["num_targets"]) == int(np.sum(packed["targets"] >= 0))
     assert len(rows) > len(packed["targets"])
-    np.testing.assert_allclose(float(loss), on_one_device[0][0][0], rtol=1e-5)
-
-
-def contains(row, piece):
-    windows = np.lib.stride_tricks.sliding_window_view(row, len(piece))
-    return bool(np.any(np.all(windows == piece, axis=1)))
+    together, _ = packed_loss(model, params, {name: jnp.asarray(array) for name, array in packed.items()})
+    np.testing.assert_allclose(float(together), float(loss), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +125,34 @@ def test_a_run_evaluates_what_it_predicts_and_what_it_says(unbroken):
     held_out = [x for x in record_of(unbroken) if x["kind"] == "evaluate"]
     assert [x["step"] for x in held_out] == [3, 6]
     last = held_out[-1]
-    assert last["num_eos"] == 6
+    assert last["num_eos"] == 4
     assert 0 < last["eos_probability_at_eos"] < 1
     assert 0 <= last["digit_accuracy_2"] <= 1
     for prefix in ("", "streamed_"):
         assert last[f"{prefix}length_error"] >= 0
-        assert 0 <= last[f"{prefix}hit_limit"] <= 6
+        assert 0 <= last[f"{prefix}hit_limit"] <= 4
         assert last[f"{prefix}non_finite"] == 0
     assert "cer" not in last  # without the speech tokenizer nobody reads
+
+
+def test_what_is_said_is_heard_on_a_mesh_of_many_devices(tmp_path):
+    config = small(fsq_dim=3, vocabulary_size=31)
+    params, model_state = make_variables(config, seed=4)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(step=zero, num_skipped=zero, params=params, opt_state={}, model_state=model_state)
+    with Checkpoints(tmp_path / "tokenizer" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(3, state)
+    facts = {"model": dataclasses.asdict(config), "vocabulary": list(" 'abcdefghijklmnopqrstuvwxy")}
+    (tmp_path / "tokenizer" / "run.json").write_text(json.dumps({"config": {}, "facts": facts}))
+    made_by = tokenizer_hash(config, params, model_state)
+    corpus = make_small_token_corpus(tmp_path / "tokens", speech_tokenizer=made_by)
+    run = small_config(corpus, f"data.speech_tokenizer={tmp_path / 'tokenizer'}", "num_steps=1", "mesh.fsdp=2")
+    assert train(make_task(run), run, tmp_path / "lm") == 0
+    (last,) = [x for x in record_of(tmp_path / "lm") if x["kind"] == "evaluate"]
+    assert last["cer"] >= 0
+    assert last["streamed_cer"] >= 0
+    assert len(last["examples"]) == 4
+    assert load_text_tokenizer(tmp_path / "lm" / "text_tokenizer").hash == TokenCorpus(corpus).metadata.text_tokenizer
 
 
 class Killed(BaseException):
@@ -129,9 +160,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("sets", [(), ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")])
-def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, sets):
+def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     config = small_config(corpus, *sets)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = tmp_path / "whole" if sets else unbroken, tmp_path / "broken"
     assert train(make_task(config), config, whole) == 0
     task = make_task(config)
     batches = task.batches
@@ -150,9 +181,9 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, sets):
 
 
 def test_low_rank_factors_alone_are_trained(corpus):
-    _, start, state = first_steps(small_config(corpus, "lora.rank=2"), MeshConfig(), 1)
+    _, first, state = first_steps(small_config(corpus, "lora.rank=2"), MeshConfig(), 1)
     now = jax.device_get(state.params)
-    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), start, now)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, now)
     assert not any(jax.tree.leaves({k: v for k, v in changed.items() if k != LORA}))
     assert all(jax.tree.leaves(changed[LORA]))
 
@@ -171,10 +202,11 @@ def test_a_run_starts_from_a_hugging_face_backbone(corpus, tmp_path):
     params = nn.unbox(init_params(task.model_config, jax.random.key(7)))
     save_backbone(params, task.model_config.backbone, tmp_path / "hf")
     shutil.copytree(corpus / "text_tokenizer", tmp_path / "hf", dirs_exist_ok=True)
-    _, start, _ = first_steps(small_config(corpus, f"init_from={tmp_path / 'hf'}"), MeshConfig(), 1, num_steps=1)
-    np.testing.assert_array_equal(start["text_embedding"], params["text_embedding"])
-    jax.tree.map(np.testing.assert_array_equal, start["backbone"], dict(params["backbone"]))
-    assert not np.array_equal(start["head_kernel"], params["head_kernel"])
+    _, state = start(small_config(corpus, f"init_from={tmp_path / 'hf'}"), make_mesh(MeshConfig(), jax.devices()[:1]))
+    got = state.params
+    np.testing.assert_array_equal(got["text_embedding"], params["text_embedding"])
+    jax.tree.map(np.testing.assert_array_equal, got["backbone"], dict(params["backbone"]))
+    assert not np.array_equal(got["head_kernel"], params["head_kernel"])
 
 
 def test_bad_input_is_one_line(corpus, unbroken, tmp_path):
@@ -183,25 +215,37 @@ def test_bad_input_is_one_line(corpus, unbroken, tmp_path):
         (small_config(corpus, "model.num_speech_tokens=9"), r"num_speech_tokens=9.*27 tokens"),
         (
             small_config(corpus, "model.backbone.vocabulary_size=100"),
-            r"vocabulary_size=100.*has 330 tokens|has \d+ tokens",
+            r"vocabulary_size=100: the corpus .* has \d{3} tokens; set that",
         ),
         (small_config(corpus, "data.row_length=8"), r"no utterance .* is left to pack"),
         (small_config(corpus, "data.prefix=speaker"), r"prefix none; tokenize it again with --prefix speaker"),
         (small_config("", "data.corpus="), r"data.corpus is not set.*cv2jax tokenize"),
         (small_config(tmp_path / "nowhere"), r"nowhere"),
         (small_config(corpus, "data.speech_tokenizer=nowhere"), r"nowhere holds no run"),
+        (
+            small_config(corpus, "model.attention=cudnn"),
+            r"attention=cudnn: needs a GPU and bfloat16, not cpu and float32",
+        ),
+        (
+            small_config(corpus, "model.attention=splash", "data.row_length=200"),
+            r"row_length=200 must be a multiple of 128",
+        ),
     ]
     for config, message in cases:
         with pytest.raises(UserError, match=message) as error:
             make_task(config)
         assert "\n" not in str(error.value)
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    (stage / "run.json").write_text(json.dumps({"config": {"task": "speech_tokenizer"}, "facts": {}}))
     for corpus_, place, message in (
         (other, unbroken, "its hash .* differs from"),
-        (corpus, tmp_path / "empty", "holds no run"),
-        (corpus, tmp_path / "other", "holds no run"),
+        (corpus, tmp_path / "empty", r"neither the --workdir of .* nor the directory of a Qwen2"),
+        (corpus, tmp_path / "other", r"neither the --workdir of .* nor the directory of a Qwen2"),
+        (corpus, stage, "is a run of speech_tokenizer; give the --workdir of a text_speech_lm"),
     ):
         with pytest.raises(UserError, match=message):
-            first_steps(small_config(corpus_, f"init_from={place}"), MeshConfig(), 1, num_steps=0)
+            start(small_config(corpus_, f"init_from={place}"), make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def test_facts_name_both_tokenizers_and_fit_json(corpus):

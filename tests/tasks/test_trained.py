@@ -15,7 +15,7 @@ from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.tasks.trained import TokenReader, find_step, load_params
 from cv2jax.train.checkpoint import Checkpoints
-from cv2jax.train.lora import LORA, add_lora, trained_by
+from cv2jax.train.lora import LORA, add_lora, save_lora, trained_by
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, init_train_state
 from tests.models.small_tokenizer import make_variables, small
@@ -79,6 +79,27 @@ def test_factors_are_merged_into_the_sharded_parameters(tmp_path, ema):
     assert params["query"]["kernel"].sharding.spec[0] == "fsdp"
     apart, _ = load_params(str(tmp_path), init, mesh(), ema=ema, merge=False)
     assert same(apart, state.params | {LORA: trained[LORA], "bias": trained["bias"]})
+
+
+@pytest.mark.parametrize("base_lora", [LoraConfig(), LORA_CONFIG])
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_side_file_is_merged_over_what_it_was_trained_on(tmp_path, base_lora, ema):
+    """Of a run with factors of its own these are merged first, as for a run that starts from it."""
+    make_run(tmp_path, base_lora)
+    base, _ = load_params(tmp_path, init, mesh(), ema=ema)
+    lora, rng = LoraConfig(rank=2, alpha=3.0, targets=("out",)), np.random.default_rng(8)
+    boxed = jax.eval_shape(lambda key: add_lora(init(key), lora, key), jax.random.key(0))[LORA]
+    factors = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), nn.unbox(boxed))
+    path = tmp_path / "side.safetensors"
+    save_lora(path, base | {LORA: factors}, lora)
+    want = np.asarray(base["out"]["kernel"]) + 1.5 * factors["out"]["kernel"]["a"] @ factors["out"]["kernel"]["b"]
+    for devices, merge in ((2, True), (1, False)):
+        params, _ = load_params(tmp_path, init, mesh(devices), ema=ema, merge=merge, lora_file=str(path))
+        np.testing.assert_allclose(params["out"]["kernel"], want, atol=1e-5)
+        assert same(params | {"out": 0}, base | {"out": 0})
+    assert params["out"]["kernel"].sharding.is_equivalent_to(base["out"]["kernel"].sharding, 2)
+    with pytest.raises(UserError, match=r"side.safetensors does not fit: base: "):
+        load_params(tmp_path, init, mesh(), ema=not ema, lora_file=str(path))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

@@ -272,6 +272,8 @@ def test_the_hash_tells_every_difference_that_decides_ids(tmp_path):
         UserError, match=f"its hash {base.hash[:12]} differs from 0123.* of the checkpoint runs/lm; use"
     ):
         check_same_tokenizer(base, "0123", "runs/lm")
+    with pytest.raises(UserError, match=r"^--flag x: its hash \w{12} differs from 0123 .*runs/lm; give another$"):
+        check_same_tokenizer(base, "0123", "runs/lm", name="--flag x", mend="give another")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ class ToyTask:
     def warm_start(self, state):
         return state
 
+    def keep(self, workdir):
+        pass
+
     def make_step(self):
         def loss(params, model_state, batch, key):
             x = jnp.pad(batch["x"], ((0, 0), (0, WIDTH - batch["x"].shape[1])))

@@ -12,6 +12,7 @@ Q5).
 import dataclasses
 import functools
 import typing
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import flax
@@ -37,6 +38,10 @@ class Sampler(Protocol):
     @property
     def win_size(self) -> int:
         """R, how many recent tokens it wants to see."""
+        ...
+
+    def row(self, options: Mapping[str, Any]) -> dict[str, float | int]:
+        """All that a request asks for, of what it says itself; UserError for what is unknown or cannot be done."""
         ...
 
     def __call__(

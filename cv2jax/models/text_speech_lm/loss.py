@@ -189,11 +189,12 @@ def _means(sums: dict[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
         **{name: mean(sums[name], "num_targets") for name in ("nll", "log_partition", "accuracy", "top10_accuracy")},
         "eos_probability_at_eos": mean(sums["eos_probability_at_eos"], "num_eos"),
         "eos_probability_at_speech": mean(sums["eos_probability_at_speech"], "num_speech"),
-        **{name: sums[name] for name in ("expected_eos", "num_eos", "num_targets")},
+        **{name: sums[name] for name in ("expected_eos", "num_eos", "num_speech", "num_targets")},
         "row_finite": jnp.isfinite(sums["row_loss"]),
     }
     if "digits" in sums:
         digits = mean(sums["digits"], "num_digits")
+        metrics["num_digits"] = sums["num_digits"]
         metrics["digit_accuracy"] = jnp.mean(digits)
         metrics |= {f"digit_accuracy_{place}": digits[place] for place in range(digits.shape[0])}
     return loss, metrics

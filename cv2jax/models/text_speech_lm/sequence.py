@@ -11,6 +11,7 @@ P = T + L + 2 is the length of a row.
 """
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 
 import numpy as np
@@ -130,6 +131,43 @@ def build_row(
     targets[fill_at] = fill_id(num_speech_tokens)
     targets[-1] = eos_id(num_speech_tokens)
     return Row(token, kind, targets)
+
+
+@typing.runtime_checkable
+class Tokens(typing.Protocol):
+    """An utterance as a loader reads it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def text_tokens(self) -> np.ndarray: ...
+
+    @property
+    def speech_tokens(self) -> np.ndarray: ...
+
+
+def build_mixed_row(
+    utterance: Tokens,
+    coin: float,
+    *,
+    text_vocabulary_size: int,
+    num_speech_tokens: int,
+    ratio: Ratio,
+    max_length: int,
+) -> Row:
+    """`build_row` of an utterance: interleaved where its coin says so (`is_bistream`), else the whole text first."""
+    text, speech = utterance.text_tokens, utterance.speech_tokens
+    return build_row(
+        text,
+        speech,
+        bistream=bool(is_bistream(coin, len(text), len(speech), ratio)),
+        text_vocabulary_size=text_vocabulary_size,
+        num_speech_tokens=num_speech_tokens,
+        ratio=ratio,
+        max_length=max_length,
+        name=f"utterance {utterance.id!r}",
+    )
 
 
 def collate(rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:

@@ -1,20 +1,12 @@
 """Speech tokens of requests whose text is whole or still arriving.
 
-The core is a pure state machine over token ids: `init`, `push_text`, `flush`, `step` say what a request feeds next and
-how many tokens it draws then. It lays out what `sequence.build_row` does, prompt text in front of the text and prompt
-speech in front of what is drawn:
-
-    [sos] (N text, M speech)… rest of the text [task] rest of the speech
-
-`fill` is predicted where a full group ends and never fed, so it is not drawn either: there the machine waits for text.
-Prompt speech fills groups before anything is drawn, and what the text leaves over of it goes behind [task] (none of
-the defects Q1 to Q3 of spec/official.md 9). Without a ratio there are no groups: the whole text comes first.
-
-`Streams` runs such machines on the slots of `decode.py`, `generate` a list of requests on `Streams`.
+`Streams` runs the machines of `interleave.py` on the slots of `decode.py`, `generate` a list of requests on `Streams`.
+A request never takes more than the MAX_POSITIONS of the backbone: text that leaves its speech no room is refused as it
+comes, and speech that fills the room ends as hit_limit.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,105 +14,14 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from cv2jax.config import UserError
-from cv2jax.models.text_speech_lm import decode
+from cv2jax.models.text_speech_lm import decode, interleave
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
-from cv2jax.models.text_speech_lm.sequence import (
-    MIX_RATIO,
-    SOS,
-    SPECIAL,
-    SPEECH,
-    TASK,
-    TEXT,
-    Ratio,
-    build_row,
-    row_length,
-)
+from cv2jax.models.text_speech_lm.sequence import Ratio, build_row, row_length
 from cv2jax.parallel.sharding import num_batch_shards
 
 MAX_POSITIONS = 32_768  # that the backbone was trained for (max_position_embeddings)
-NO_LIMIT = np.iinfo(np.int32).max
 MIN_RATIO, MAX_RATIO = 2, 20  # speech tokens a text token, official defaults (spec/official.md 3.4)
 CHUNKS = (8, 32, 128, 512)  # lengths that rows are fed in: few shapes to compile
-
-Tokens = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a request stands in its layout."""
-
-    ratio: Ratio | None  # None: the whole text first
-    text: Tokens  # pushed, not fed
-    prompt_speech: Tokens  # not fed
-    begun: bool = False  # sos is fed
-    missing: int = 0  # speech tokens until the group is full; 0 between groups
-    flushed: bool = False  # no more text comes
-    in_tail: bool = False  # task is fed
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What comes next: feed these, then draw so many speech tokens (0: wait for text; in the tail until eos)."""
-
-    tokens: Tokens
-    kinds: Tokens
-    num_draws: int
-    in_tail: bool
-
-
-def init(
-    prompt_text: Iterable[int] = (), prompt_speech: Iterable[int] = (), ratio: Ratio | None = MIX_RATIO
-) -> Progress:
-    """A request that has fed nothing; UserError for a ratio that is not positive."""
-    if ratio is not None and min(ratio) < 1:
-        raise UserError(f"ratio {ratio[0]}:{ratio[1]} of text to speech tokens: both must be positive")
-    return Progress(ratio=ratio, text=tuple(prompt_text), prompt_speech=tuple(prompt_speech))
-
-
-def push_text(progress: Progress, tokens: Iterable[int]) -> Progress:
-    """Appends text; ValueError behind `flush`."""
-    if progress.flushed:
-        raise ValueError("text behind the flush of a request")
-    return dataclasses.replace(progress, text=progress.text + tuple(tokens))
-
-
-def flush(progress: Progress) -> Progress:
-    """Says that no more text comes."""
-    return dataclasses.replace(progress, flushed=True)
-
-
-def step(progress: Progress, num_drawn: int = 0) -> tuple[Progress, Step]:
-    """What to do next, after `num_drawn` of the speech tokens last asked for were drawn (and fed).
-
-    Feeds all that can be fed before the next draw. How the text was cut into pushes does not change the sequence.
-    """
-    if progress.in_tail:
-        return progress, Step((), (), NO_LIMIT, True)
-    text, prompt, missing = progress.text, progress.prompt_speech, progress.missing - num_drawn
-    if missing < 0:
-        raise ValueError(f"{num_drawn} tokens were drawn where the group lacked {progress.missing}")
-    num_text, num_speech = progress.ratio or (NO_LIMIT, 0)
-    fed: list[tuple[int, int]] = []
-    while True:
-        now, prompt = prompt[:missing], prompt[missing:]
-        fed += [(token, SPEECH) for token in now]
-        missing -= len(now)
-        if missing or len(text) < num_text:
-            break
-        fed += [(token, TEXT) for token in text[:num_text]]
-        text, missing = text[num_text:], num_speech
-    in_tail = not missing and progress.flushed
-    if in_tail:
-        fed += [(token, TEXT) for token in text] + [(TASK, SPECIAL)] + [(token, SPEECH) for token in prompt]
-        text, prompt = (), ()
-    begun = progress.begun or bool(fed)
-    if begun and not progress.begun:
-        fed.insert(0, (SOS, SPECIAL))
-    after = dataclasses.replace(
-        progress, text=text, prompt_speech=prompt, begun=begun, missing=missing, in_tail=in_tail
-    )
-    tokens, kinds = tuple(token for token, _ in fed), tuple(kind for _, kind in fed)
-    return after, Step(tokens, kinds, NO_LIMIT if in_tail else missing, in_tail)
 
 
 def _none() -> Int32[np.ndarray, " T"]:
@@ -136,7 +37,7 @@ class Request:
     prompt_speech_tokens: Integer[np.ndarray, " L_prompt"] = dataclasses.field(default_factory=_none)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # over the defaults of `Streams`
     min_length: int | None = None  # speech tokens; None: 2 a text token, the prompt's not counted
-    max_length: int | None = None  # None: 20 a text token
+    max_length: int | None = None  # None: 20 a text token, or what the context has room for
     name: str = "request"  # what errors call it
 
 
@@ -153,35 +54,35 @@ class _Slot:
 
     def __init__(self, config: TextSpeechLmConfig, request: Request, arriving: bool) -> None:
         self.config, self.request = config, request
-        self.num_text = self.num_cached = self.num_drawn = 0
-        self.step, self.ended = Step((), (), 0, False), False
-        self._check(request.prompt_text_tokens, request.prompt_speech_tokens)
+        self.num_text = self.num_cached = self.num_drawn = self.num_speech = 0
+        self.step, self.ended = interleave.Step((), (), 0, False), False
+        self._check_asked()
+        self._check_tokens(request.prompt_text_tokens, request.prompt_speech_tokens)
         prompt = request.prompt_text_tokens.tolist(), request.prompt_speech_tokens.tolist()
-        self.progress = init(*prompt, config.ratio if arriving else None)
-        self.lengths = self._lengths(0, NO_LIMIT)
+        self.progress = interleave.init(*prompt, config.ratio if arriving else None)
         self.push_text(request.text_tokens)
 
     def push_text(self, tokens: Integer[np.ndarray, " T"]) -> None:
-        self._check(tokens, _none())
-        self.progress = push_text(self.progress, tokens.tolist())
-        self.num_text += len(tokens)
+        self._check_tokens(tokens, _none())
+        progress, num_text = interleave.push_text(self.progress, tokens.tolist()), self.num_text + len(tokens)
+        self.lengths = self._lengths(num_text)
+        self.progress, self.num_text = progress, num_text
 
     def flush(self) -> None:
-        """Ends the text, from which the lengths that were not asked for follow."""
-        request = self.request
         if self.num_text == 0:
-            raise UserError(f"{request.name}: has no text tokens; give it some")
-        least, most = self._lengths(MIN_RATIO * self.num_text, MAX_RATIO * self.num_text)
-        num_prompt = len(request.prompt_text_tokens) + len(request.prompt_speech_tokens)
-        needed = int(row_length(self.num_text + num_prompt, most))
-        if needed > MAX_POSITIONS:
-            raise UserError(
-                f"{request.name}: text, prompt and up to {most} speech tokens take {needed} positions, more than"
-                f" {MAX_POSITIONS}; split the text or give a max_length"
-            )
-        self.lengths, self.progress = (least, most), flush(self.progress)
+            raise UserError(f"{self.request.name}: has no text tokens; give it some")
+        self.lengths = self._lengths(self.num_text, MAX_RATIO * self.num_text)
+        self.progress = interleave.flush(self.progress)
 
-    def _check(self, text: Integer[np.ndarray, " T"], speech: Integer[np.ndarray, " L"]) -> None:
+    def _check_asked(self) -> None:
+        asked = self.request.min_length, self.request.max_length
+        least, most = asked[0] or 0, interleave.NO_LIMIT if asked[1] is None else asked[1]
+        if not 0 <= least <= most or most < 1:
+            raise UserError(
+                f"{self.request.name}: min_length={least}, max_length={most}: must be 0 <= min <= max and max >= 1"
+            )
+
+    def _check_tokens(self, text: Integer[np.ndarray, " T"], speech: Integer[np.ndarray, " L"]) -> None:
         # The errors of the layout; a further token, because here a piece of text may be empty.
         c, padded = self.config, np.append(text, 0).astype(np.int64)
         sizes: dict[str, Any] = {
@@ -190,16 +91,25 @@ class _Slot:
         }
         build_row(padded, speech, bistream=False, name=self.request.name, **sizes)
 
-    def _lengths(self, least: int, most: int) -> tuple[int, int]:
-        """(min, max) as asked for; what was not is the default given, moved to agree with the other."""
-        asked = self.request.min_length, self.request.max_length
-        most = max(most, asked[0] or 0) if asked[1] is None else asked[1]
-        least = min(least, most) if asked[0] is None else asked[0]
-        if not 0 <= least <= most or most < 1:
+    def _lengths(self, num_text: int, most: int = interleave.NO_LIMIT) -> tuple[int, int]:
+        """(min, max) speech tokens behind so much text: as asked for, else 2 a text token and `most`, cut to the room.
+
+        UserError where the max that was asked for, or else the min and one more than is drawn, has no room. More text
+        only takes room, so what `push_text` took is not refused by `flush`.
+        """
+        request, asked = self.request, self.request.max_length
+        least = MIN_RATIO * num_text if request.min_length is None else request.min_length
+        wanted = max(least if asked is None else asked, self.num_speech + (not self.ended))
+        num_prompt = len(request.prompt_text_tokens) + len(request.prompt_speech_tokens)
+        needed = int(row_length(num_text + num_prompt, wanted))
+        if needed > MAX_POSITIONS:
             raise UserError(
-                f"{self.request.name}: min_length={least}, max_length={most}: must be 0 <= min <= max and max >= 1"
+                f"{request.name}: text, prompt and {'at least' if asked is None else 'up to'} {wanted} speech tokens take"
+                f" {needed} positions, more than {MAX_POSITIONS}; split the text or ask for less speech"
             )
-        return least, most
+        if asked is not None:
+            return min(least, asked), asked
+        return least, min(max(most, wanted), MAX_POSITIONS - needed + wanted)
 
 
 class Streams:
@@ -223,21 +133,24 @@ class Streams:
         """Makes the caches for `num_slots` requests at once, rounded up to what the mesh divides; they grow.
 
         Args:
-          params: of `decode.decoder_params`. options: what the sampler takes from a request that does not say itself.
+          params: of `decode.decoder_params`. options: what the sampler takes from a request that does not say itself;
+            UserError where it refuses them.
           num_steps: tokens a dispatch. arriving: lay text out in groups, else the whole text first. impl: of attention.
         """
         mesh = jax.sharding.get_mesh()
         shards = 1 if mesh.empty else num_batch_shards(mesh)
         size = -(-num_slots // shards) * shards
         self._config, self._params, self._sampler, self._impl = config, params, sampler, impl
+        self._defaults = sampler.row(options)
         self._num_steps, self._arriving, self._length = num_steps, arriving, decode.SMALLEST_CACHE
         self._state = decode.init_state(config, size, self._length, sampler.win_size)
         self._slots: list[_Slot | None] = [None] * size
         self._fresh = np.zeros(size, bool)  # to be emptied
         self._keys = np.array(jax.random.key_data(jax.random.split(jax.random.key(0), size)))
-        self._defaults = dict(options)
-        types = {name: np.float32 if isinstance(value, float) else np.int32 for name, value in options.items()}
-        self._options = {name: np.full(size, value, types[name]) for name, value in options.items()}
+        self._options = {
+            name: np.full(size, value, np.float32 if isinstance(value, float) else np.int32)
+            for name, value in self._defaults.items()
+        }
 
     @property
     def free(self) -> list[int]:
@@ -247,23 +160,29 @@ class Streams:
     def open(self, slot: int, request: Request, key: Key[Array, ""], *, flushed: bool = False) -> None:
         """Gives a free slot a request, whose text may go on (`push_text`) unless `flushed`.
 
-        UserError, and the slot stays free, for tokens outside their vocabulary, lengths that cannot be, and as `flush`.
+        UserError, and the slot stays free, for options that the sampler refuses, lengths that cannot be, and as
+        `push_text` and `flush`.
         """
         if self._slots[slot] is not None:
             raise ValueError(f"slot {slot} is taken")
         opened = _Slot(self._config, request, self._arriving)
         if flushed:
             opened.flush()
+        options = _options(self._sampler, self._defaults, request)
         self._slots[slot], self._fresh[slot], self._keys[slot] = opened, True, jax.random.key_data(key)
-        for name, value in {**self._defaults, **request.options}.items():
+        for name, value in options.items():
             self._options[name][slot] = value
 
     def push_text(self, slot: int, tokens: Integer[np.ndarray, " T"]) -> None:
-        """Appends text to an open request; UserError for tokens outside the vocabulary, which are not appended."""
+        """Appends text to an open request.
+
+        UserError, and nothing is appended, for tokens outside the vocabulary and where prompt, text, and the speech that
+        was asked for (max_length, else min_length and what is drawn) do not fit MAX_POSITIONS.
+        """
         self._opened(slot).push_text(tokens)
 
     def flush(self, slot: int) -> None:
-        """Ends the text of an open request; UserError where there was none, or more than fits the model."""
+        """Ends the text of an open request; UserError where there was none: the request stays open, and may get some."""
         self._opened(slot).flush()
 
     def close(self, slot: int) -> None:
@@ -278,7 +197,7 @@ class Streams:
         working = {}
         for i, slot in enumerate(self._slots):
             if slot is not None and not slot.ended:
-                slot.progress, slot.step = step(slot.progress, slot.num_drawn)
+                slot.progress, slot.step = interleave.step(slot.progress, slot.num_drawn)
                 slot.num_drawn = 0
                 if slot.step.tokens or slot.step.num_draws:
                     working[i] = slot
@@ -298,6 +217,7 @@ class Streams:
             slot.num_cached + len(slot.step.tokens) + min(slot.step.num_draws, self._num_steps)
             for slot in working.values()
         )
+        needed = min(needed, MAX_POSITIONS)  # where max_length ends a request at the latest
         if needed > self._length:
             self._length = decode.cache_length(needed)
             self._state = decode.grow(self._state, self._length)
@@ -343,11 +263,19 @@ class Streams:
         return opened
 
 
+def _options(sampler: decode.Sampler, defaults: Mapping[str, float | int], request: Request) -> dict[str, float | int]:
+    try:
+        return sampler.row({**defaults, **request.options})
+    except UserError as error:
+        raise UserError(f"{request.name}: {error}") from None
+
+
 def _collect(working: dict[int, _Slot], drawn: decode.Drawn) -> dict[int, Result]:
     results = {}
     for i, slot in working.items():
         slot.num_drawn = int(drawn.num_speech_tokens[i])
         slot.num_cached += slot.num_drawn
+        slot.num_speech += slot.num_drawn
         slot.ended = bool(drawn.status[i] != decode.RUNNING)
         if slot.step.num_draws:
             tokens = np.array(drawn.speech_tokens[i, : slot.num_drawn], np.int32)
@@ -377,8 +305,10 @@ def generate(
     anything is decoded, as its `open`.
     """
     config = dataclasses.replace(config, mix_ratio=ratio or config.ratio)
+    defaults = sampler.row(options)
     for request in requests:
         _Slot(config, request, stream).flush()
+        _options(sampler, defaults, request)
     num_slots = min(max_slots, 1 << max(len(requests) - 1, 0).bit_length())  # few batch sizes to compile
     params = decode.decoder_params(config, params)
     settings = {"num_slots": num_slots, "num_steps": num_steps, "arriving": stream, "impl": impl}

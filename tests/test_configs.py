@@ -22,7 +22,7 @@ MILLIONS = {
     "speech_tokenizer_tiny": (1, 4),
     "speech_tokenizer_base": (50, 120),
     "speech_tokenizer_official": (700, 1100),
-    "text_speech_lm_tiny": (3, 5),
+    "text_speech_lm_tiny": (2, 3),
     "text_speech_lm_official": (500, 520),
     "text_speech_lm_scratch_official": (365, 380),  # without a text table, whose size is the corpus's
     "text_speech_lm_finetune_official": (500, 520),

@@ -96,6 +96,7 @@ class SpeechTokenizerTask:
 
     def keep(self, workdir: pathlib.Path) -> None:
         """Nothing: `run.json` and the checkpoint are all that encoding needs."""
+        del workdir
 
     def make_step(self) -> StepFunction:
         """Augment, teacher-force, cross-entropy and what else the config weighs."""

@@ -45,7 +45,10 @@ def save_or_compare(
     if started and path.is_file():
         theirs = load_run(workdir)
         # What a run of before does not name yet had the defaults.
-        known = to_dict(from_dict(TrainConfig, theirs["config"], model=type(config.model)))
+        try:
+            known = to_dict(from_dict(TrainConfig, theirs["config"], model=type(config.model)))
+        except (TypeError, UserError):  # of another release, or not whole: every difference shows
+            known = theirs["config"]
         lines = [line for line in differences(known, mine["config"]) if not line.startswith(FREE_KEYS)]
         lines += differences(theirs["facts"], mine["facts"], "data: ")
         if lines:

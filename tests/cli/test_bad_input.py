@@ -68,7 +68,7 @@ def test_a_mesh_that_does_not_divide_the_devices(corpus, capsys, tmp_path):
 def test_a_batch_that_does_not_divide_the_mesh(corpus, capsys, tmp_path):
     sets = ["--set=data.batch_multiple=2", "--set=data.batch_seconds=2", "--set=data.num_buckets=1"]
     words = ["train", "speech_tokenizer_tiny", f"--corpus={corpus}", f"--workdir={tmp_path / 'w'}", *sets]
-    assert "data.batch_multiple to a multiple of 8" in refused(capsys, *words)
+    assert "data.batch_multiple (language model: data.batch_rows) to a multiple of 8" in refused(capsys, *words)
 
 
 def test_a_split_that_is_not_there_and_a_length_nothing_has(corpus, capsys, tmp_path):

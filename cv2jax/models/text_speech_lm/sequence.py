@@ -11,8 +11,8 @@ P = T + L + 2 is the length of a row.
 """
 
 import dataclasses
-import typing
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
@@ -133,18 +133,24 @@ def build_row(
     return Row(token, kind, targets)
 
 
-@typing.runtime_checkable
-class Tokens(typing.Protocol):
+@runtime_checkable
+class Tokens(Protocol):
     """An utterance as a loader reads it."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """What errors call it."""
+        ...
 
     @property
-    def text_tokens(self) -> np.ndarray: ...
+    def text_tokens(self) -> np.ndarray:
+        """[T]"""
+        ...
 
     @property
-    def speech_tokens(self) -> np.ndarray: ...
+    def speech_tokens(self) -> np.ndarray:
+        """[L]"""
+        ...
 
 
 def build_mixed_row(

@@ -69,6 +69,7 @@ def test_the_summary_is_in_per_cent():
     }
 
 
+@pytest.mark.full  # a minute: three trainings
 def test_the_ablation_trains_each_quantizer_and_writes_its_table(tmp_path):
     corpus = make_small_corpus(tmp_path / "c", num_train=16, num_test=4)
     code, table = ablate_quantizer(

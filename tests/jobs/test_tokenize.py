@@ -89,6 +89,7 @@ def test_texts_and_tokens_meet_by_id_in_the_order_of_the_manifest(tmp_path: path
         "text_tokenizer": tokenizer.hash,
         "vocabulary_size": tokenizer.vocabulary_size,
         "prefix": "none",
+        "normalizer": "",
     }
     assert vars(result) == {
         "num_utterances": 50,

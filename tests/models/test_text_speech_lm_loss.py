@@ -184,7 +184,7 @@ def test_a_vocabulary_that_is_no_power_of_three_reports_no_digits():
         for n in (26, 27)
     }
     assert names[26] == []
-    assert sorted(names[27]) == ["digit_accuracy", *(f"digit_accuracy_{j}" for j in range(3))]
+    assert sorted(names[27]) == ["digit_accuracy", *(f"digit_accuracy_{j}" for j in range(3)), "num_digits"]
 
 
 def scratch(function, *arguments):

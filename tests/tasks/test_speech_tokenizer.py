@@ -151,8 +151,8 @@ def test_another_seed_is_another_run(corpus, unbroken):
     "sets",
     [
         ("model.quantizer=vq", "model.codebook_size=64", "model.scan_layers=True"),
-        ("model.quantizer=none",),
-        ("model.pitch_weight=0.3", "model.ctc_weight=0"),
+        pytest.param(("model.quantizer=none",), marks=pytest.mark.full),
+        pytest.param(("model.pitch_weight=0.3", "model.ctc_weight=0"), marks=pytest.mark.full),
     ],
 )
 def test_the_options_train(corpus, tmp_path, sets):

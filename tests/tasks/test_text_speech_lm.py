@@ -159,7 +159,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("sets", [(), ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")])
+ADAPTED = ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")
+
+
+@pytest.mark.parametrize("sets", [(), pytest.param(ADAPTED, marks=pytest.mark.full)])
 def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     config = small_config(corpus, *sets)
     whole, broken = tmp_path / "whole" if sets else unbroken, tmp_path / "broken"

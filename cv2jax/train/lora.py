@@ -185,7 +185,7 @@ def load_lora(path: pathlib.Path, params: Any, config: LoraConfig | None = None)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    mend = "give a file that save_lora wrote"
+    mend = "give a file that `cv2jax export --to lora` wrote"
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}

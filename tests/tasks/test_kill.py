@@ -16,7 +16,7 @@ from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.tasks import make_task
 from cv2jax.train.checkpoint import Checkpoints
-from cv2jax.train.metrics import TIME_FIELDS, read_metrics
+from tests.run_record import record
 from tests.small_corpus import SMALL_RUN, make_small_corpus
 from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
 
@@ -49,10 +49,6 @@ def command(preset, corpus, workdir):
 def environment():
     # One device and XLA's usual optimisation: what a user runs.
     return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-
-
-def record(workdir):
-    return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
 
 
 def final_state(preset, corpus, workdir):

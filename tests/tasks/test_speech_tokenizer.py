@@ -15,9 +15,9 @@ from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.tasks import make_task
 from cv2jax.train.loop import train
-from cv2jax.train.metrics import TIME_FIELDS, read_metrics
 from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
+from tests.run_record import record
 from tests.small_corpus import SMALL_RUN, make_small_corpus
 
 SMALL = [*SMALL_RUN, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3"]
@@ -80,10 +80,6 @@ def unbroken(corpus, tmp_path_factory):
     config = small_config(corpus)
     assert train(make_task(config), config, workdir) == 0
     return workdir
-
-
-def record(workdir):
-    return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
 
 
 def test_a_run_evaluates_what_it_hears(unbroken):

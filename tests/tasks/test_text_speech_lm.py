@@ -26,10 +26,10 @@ from cv2jax.text.tokenizer import load_text_tokenizer
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.loop import train
 from cv2jax.train.lora import LORA
-from cv2jax.train.metrics import TIME_FIELDS, read_metrics
 from cv2jax.train.state import TrainState, make_state
 from cv2jax.train.step import compile_steps
 from tests.models.small_tokenizer import make_variables, small
+from tests.run_record import record
 from tests.small_token_corpus import NUM_CODES, SMALL_LM, make_small_token_corpus
 
 SMALL = [*SMALL_LM, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3", "evaluate_utterances=4"]
@@ -117,12 +117,8 @@ def unbroken(corpus, tmp_path_factory):
     return workdir
 
 
-def record_of(workdir):
-    return [{k: v for k, v in x.items() if k not in TIME_FIELDS} for x in read_metrics(workdir / "metrics.jsonl")]
-
-
 def test_a_run_evaluates_what_it_predicts_and_what_it_says(unbroken):
-    held_out = [x for x in record_of(unbroken) if x["kind"] == "evaluate"]
+    held_out = [x for x in record(unbroken) if x["kind"] == "evaluate"]
     assert [x["step"] for x in held_out] == [3, 6]
     last = held_out[-1]
     assert last["num_eos"] == 4
@@ -148,7 +144,7 @@ def test_what_is_said_is_heard_on_a_mesh_of_many_devices(tmp_path):
     corpus = make_small_token_corpus(tmp_path / "tokens", speech_tokenizer=made_by)
     run = small_config(corpus, f"data.speech_tokenizer={tmp_path / 'tokenizer'}", "num_steps=1", "mesh.fsdp=2")
     assert train(make_task(run), run, tmp_path / "lm") == 0
-    (last,) = [x for x in record_of(tmp_path / "lm") if x["kind"] == "evaluate"]
+    (last,) = [x for x in record(tmp_path / "lm") if x["kind"] == "evaluate"]
     assert last["cer"] >= 0
     assert last["streamed_cer"] >= 0
     assert len(last["examples"]) == 4
@@ -180,7 +176,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     with pytest.raises(Killed):
         train(task, config, broken)
     assert train(make_task(config), config, broken) == 0
-    assert record_of(broken) == record_of(whole)
+    assert record(broken) == record(whole)
 
 
 def test_low_rank_factors_alone_are_trained(corpus):
@@ -194,7 +190,7 @@ def test_low_rank_factors_alone_are_trained(corpus):
 def test_a_run_starts_from_the_weights_of_another(corpus, unbroken):
     sets = (f"init_from={unbroken}", "optimizer.ema_decay=0.5")
     got, _, _ = first_steps(small_config(corpus, *sets), MeshConfig(fsdp=2), 2, num_steps=1)
-    after = [x["loss"] for x in record_of(unbroken) if x["kind"] == "train"]
+    after = [x["loss"] for x in record(unbroken) if x["kind"] == "train"]
     assert got[0][0] < after[0]
     assert got[0][0] == pytest.approx(after[-1], abs=0.3)
 

@@ -282,7 +282,7 @@ def test_a_side_file_that_does_not_fit_is_told_with_all_that_differs(tmp_path):
 
 def test_a_file_that_is_no_side_file_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match="does not exist; give a file that save_lora wrote"):
+    with pytest.raises(UserError, match="does not exist; give a file that `cv2jax export --to lora` wrote"):
         load_lora(path, {})
     path.write_bytes(b"\x00" * 64)
     with pytest.raises(UserError, match=r"x.safetensors cannot be read \(.+\); give"):

@@ -60,6 +60,7 @@ class DataConfig:
     row_length: int = 2048  # language model: positions of a packed row
     batch_rows: int = 8  # language model: rows of a global batch
     max_segments: int = 64  # language model: at most so many utterances in a row
+    speech_tokens: str = ""  # flow: the file that `cv2jax encode` wrote for the corpus
     speech_tokenizer: str = ""  # language model: workdir of the run that made its tokens, to read aloud what it says
     num_workers: int = 0  # processes that read and decode; 0 reads in threads of the main process
     num_threads: int = 2  # that read when num_workers is 0

@@ -22,6 +22,8 @@ MILLIONS = {
     "speech_tokenizer_tiny": (1, 4),
     "speech_tokenizer_base": (50, 120),
     "speech_tokenizer_official": (700, 1100),
+    "flow_matching_tiny": (3, 4),
+    "flow_matching_official": (112, 113),
     "text_speech_lm_tiny": (2, 3),
     "text_speech_lm_official": (500, 520),
     "text_speech_lm_scratch_official": (365, 380),  # without a text table, whose size is the corpus's
@@ -32,6 +34,7 @@ MILLIONS = {
 OFFICIAL_ENCODING_PARAMETERS = (
     123_714_568  # Encoder1 and FSQ projection of the released tokenizer (spec/frontends.md 1.2)
 )
+OFFICIAL_FLOW_PARAMETERS = 112_549_360  # of the released flow.pt (spec/official.md 8.2)
 
 
 @functools.cache
@@ -79,3 +82,7 @@ def test_model_traces_at_the_size_it_says(name: str) -> None:
 def test_official_encoder_and_quantizer_have_the_released_size() -> None:
     shapes = _shapes("speech_tokenizer_official")
     assert _count(shapes["encoder"]) + _count(shapes["quantizer"]) == OFFICIAL_ENCODING_PARAMETERS
+
+
+def test_official_flow_has_the_released_size() -> None:
+    assert _count(_shapes("flow_matching_official")) == OFFICIAL_FLOW_PARAMETERS

@@ -9,24 +9,39 @@ from jaxtyping import Bool, Int, Integer
 
 from cv2jax.config import UserError
 from cv2jax.data.buckets import Bucket
+from cv2jax.data.order_file import SPEECH_TOKENS_PER_SECOND
 from cv2jax.data.shards import Record
 
 Batch = dict[str, np.ndarray]
 BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 EncodeText = Callable[[str], Any]  # transcript -> text token ids [T]
+TOKEN_RATE_HZ = SPEECH_TOKENS_PER_SECOND
+_MORE_TOKENS = 2  # than the audio is long, which other front ends make by padding it
 
 
-def batch_spec(bucket: Bucket, *, speaker: bool = False) -> BatchSpec:
-    """Shape and dtype of each array in a global batch of the bucket; `speaker` where the loader is given speakers."""
+def num_token_slots(num_samples: int, rate_hz: int) -> int:
+    """Speech tokens of a row of `num_samples` samples, the last one begun."""
+    return -(-num_samples * TOKEN_RATE_HZ // rate_hz)
+
+
+def batch_spec(
+    bucket: Bucket, *, text: bool = True, speaker: bool = False, speech_tokens: int | None = None
+) -> BatchSpec:
+    """Shape and dtype of each array in a global batch of the bucket.
+
+    `text`, `speaker`: whether the loader encodes texts, is given speakers. `speech_tokens`: how many a row has, if any.
+    """
     rows, integer = (bucket.batch_size,), np.dtype(np.int32)
     spec: BatchSpec = {
         "waveform": ((*rows, bucket.num_samples), np.dtype(np.int16)),
         "num_samples": (rows, integer),
-        "text_tokens": ((*rows, bucket.num_text), integer),
-        "num_text_tokens": (rows, integer),
         "utterance": (rows, integer),
         "row_mask": (rows, np.dtype(np.bool_)),
     }
+    if text:
+        spec |= {"text_tokens": ((*rows, bucket.num_text), integer), "num_text_tokens": (rows, integer)}
+    if speech_tokens is not None:
+        spec |= {"speech_tokens": ((*rows, speech_tokens), integer), "num_speech_tokens": (rows, integer)}
     return spec | {"speaker": (rows, integer)} if speaker else spec
 
 
@@ -36,16 +51,19 @@ def collate(
     *,
     utterances: Integer[np.ndarray, "B"],
     row_mask: Bool[np.ndarray, "B"],
-    encode_text: EncodeText,
+    encode_text: EncodeText | None,
     rate_hz: int,
     speakers: Int[np.ndarray, "B"] | None = None,
+    speech_tokens: Sequence[Int[np.ndarray, " _"]] | None = None,
 ) -> Batch:
     """Pads records to the bucket's lengths with zeros: `waveform` int16 [B W], `text_tokens` int32 [B T], their counts.
 
     `utterance` [B] is the row of the split, `row_mask` [B] False where a row only fills the shape. A record without
-    text has no tokens. Raises UserError for a record that does not fit the bucket or has another rate.
+    text has no tokens; without `encode_text` there are none at all. `speech_tokens` [B L] are those of each record; one
+    that has none is no row. Raises UserError for a record that does not fit the bucket or has another rate.
     """
-    spec = batch_spec(bucket, speaker=speakers is not None)
+    slots = None if speech_tokens is None else num_token_slots(bucket.num_samples, rate_hz)
+    spec = batch_spec(bucket, text=encode_text is not None, speaker=speakers is not None, speech_tokens=slots)
     batch = {name: np.zeros((len(records), *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
     batch["utterance"][:] = utterances
     batch["row_mask"][:] = row_mask
@@ -59,17 +77,35 @@ def collate(
             raise UserError(
                 f"{place} has {len(record.waveform)} samples, more than its index says; prepare the corpus again"
             )
-        tokens = np.asarray(encode_text(record.text) if record.text else [], np.int32)
-        if len(tokens) > bucket.num_text:
-            raise UserError(
-                f"{place} encodes to {len(tokens)} text tokens, its bucket holds {bucket.num_text};"
-                " plan with the text lengths of this encoder"
-            )
         batch["waveform"][i, : len(record.waveform)] = record.waveform
         batch["num_samples"][i] = len(record.waveform)
-        batch["text_tokens"][i, : len(tokens)] = tokens
-        batch["num_text_tokens"][i] = len(tokens)
+        if encode_text is not None:
+            tokens = np.asarray(encode_text(record.text) if record.text else [], np.int32)
+            if len(tokens) > bucket.num_text:
+                raise UserError(
+                    f"{place} encodes to {len(tokens)} text tokens, its bucket holds {bucket.num_text};"
+                    " plan with the text lengths of this encoder"
+                )
+            _put(batch, "text_tokens", i, tokens)
+        if speech_tokens is not None:
+            _put(batch, "speech_tokens", i, _fitting(speech_tokens[i], len(record.waveform), rate_hz, place))
+            batch["row_mask"][i] &= len(speech_tokens[i]) > 0
     return batch
+
+
+def _put(batch: Batch, name: str, row: int, tokens: Int[np.ndarray, " _"]) -> None:
+    batch[name][row, : len(tokens)] = tokens
+    batch[f"num_{name}"][row] = len(tokens)
+
+
+def _fitting(tokens: Int[np.ndarray, " _"], num_samples: int, rate_hz: int, place: str) -> Int[np.ndarray, " _"]:
+    slots = num_token_slots(num_samples, rate_hz)
+    if len(tokens) > slots + _MORE_TOKENS:
+        raise UserError(
+            f"{place} has {len(tokens)} speech tokens for {num_samples / rate_hz:.2f} s of audio, which are {slots};"
+            " encode the manifest that the corpus was prepared from"
+        )
+    return tokens[:slots]
 
 
 def batch_hash(batch: Batch) -> str:

@@ -9,23 +9,27 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cv2jax.config import TrainConfig, UserError
-from cv2jax.data.batch import Batch, EncodeText, batch_spec
+from cv2jax.data.batch import Batch, EncodeText, batch_spec, num_token_slots
 from cv2jax.data.loader import make_evaluation_batches, make_loader
 from cv2jax.data.plan import Plan, make_plan
 from cv2jax.data.shards import Corpus, Split
 from cv2jax.data.subset import SplitSubset, spread_rows
+from cv2jax.data.tokens import SpeechTokenFile
 from cv2jax.parallel.distributed import local_rows
 
 BatchShape = dict[str, jax.ShapeDtypeStruct]
+_ROWS_TRIED = 16  # of a split, for whether the token file is the corpus's
 
 
 class CorpusBatches:
     """Plans of the training split and of the held-out rows that each evaluation looks at, and their loaders.
 
-    Raises UserError for a corpus or split that is not there, and where no utterance is left to plan.
+    Batches hold texts, or with `speech_tokens` those of `config.data.speech_tokens` and speakers: then texts, which are
+    not read, leave no utterance out. `tokens` says what made them. Raises UserError for a corpus, split or file that is
+    not there, where no utterance is left to plan, and for tokens of another corpus.
     """
 
-    def __init__(self, config: TrainConfig, *, require_text: bool) -> None:
+    def __init__(self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False) -> None:
         self._config, self._require_text = config, require_text
         data = config.data
         if not data.corpus:
@@ -33,16 +37,31 @@ class CorpusBatches:
         self.corpus = Corpus(data.corpus)
         self.rate_hz = self.corpus.rate_hz
         self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
+        self.tokens = self._open_tokens() if speech_tokens else None
         self.plan = self._make_plan(self.train, data.num_buckets)
         self._judged = SplitSubset(self.held_out, spread_rows(len(self.held_out), config.evaluate_utterances))
         self._judged_plan = self._make_plan(self._judged, min(data.num_buckets, 2))
         logging.info("training batches of %s\n%s", data.corpus, self.plan.table())
 
+    def _open_tokens(self) -> SpeechTokenFile:
+        data = self._config.data
+        if not data.speech_tokens:
+            raise UserError("data.speech_tokens is not set: give the file that `cv2jax encode` wrote for the corpus")
+        tokens = SpeechTokenFile(data.speech_tokens)
+        for split in (self.train, self.held_out):
+            some = [split.read(int(row)).id for row in spread_rows(len(split), _ROWS_TRIED)]
+            if not any(identity in tokens for identity in some):
+                raise UserError(
+                    f"data.speech_tokens={data.speech_tokens}: has no tokens of {some[0]!r} and {len(some) - 1} others"
+                    f" of split {split.name} of {data.corpus}; run `cv2jax encode` on the manifest it was prepared from"
+                )
+        return tokens
+
     def _make_plan(self, split: Split | SplitSubset, num_buckets: int) -> Plan:
         data = self._config.data
         return make_plan(
             split.num_samples,
-            split.num_characters,
+            split.num_characters if self.tokens is None else np.broadcast_to(np.int32(0), len(split)),
             rate_hz=self.rate_hz,
             seed=self._config.seed,
             batch_seconds=data.batch_seconds,
@@ -67,14 +86,23 @@ class CorpusBatches:
 
     def training_shapes(self) -> list[BatchShape]:
         """Shapes of the global training batches, one a bucket."""
-        return _shapes(self.plan)
+        return self._shapes(self.plan)
 
     def held_out_shapes(self) -> list[BatchShape]:
         """Shapes of the global evaluation batches."""
-        return _shapes(self._judged_plan)
+        return self._shapes(self._judged_plan)
+
+    def _shapes(self, plan: Plan) -> list[BatchShape]:
+        shapes = []
+        for bucket in plan.buckets:
+            slots = None if self.tokens is None else num_token_slots(bucket.num_samples, self.rate_hz)
+            has_tokens = slots is not None
+            spec = batch_spec(bucket, text=not has_tokens, speaker=has_tokens, speech_tokens=slots)
+            shapes.append({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()})
+        return shapes
 
     def training(
-        self, start_step: int, num_steps: int, mesh: Mesh, encode_text: EncodeText
+        self, start_step: int, num_steps: int, mesh: Mesh, encode_text: EncodeText | None = None
     ) -> Iterator[tuple[int, int, Batch]]:
         """(step, rows of the global batch, this process's rows) of steps start_step … num_steps - 1."""
         data = self._config.data
@@ -85,6 +113,8 @@ class CorpusBatches:
             start_step=start_step,
             num_steps=num_steps - start_step,
             rows=self._rows(mesh),
+            speaker=self.tokens is not None,
+            tokens=self.tokens,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
             prefetch=data.prefetch,
@@ -93,9 +123,10 @@ class CorpusBatches:
             for step, batch in loader:
                 yield step, self.plan.buckets[self.plan.batch(step)[1]].batch_size, batch
 
-    def judged(self, mesh: Mesh, encode_text: EncodeText) -> Iterator[tuple[int, Batch]]:
+    def judged(self, mesh: Mesh, encode_text: EncodeText | None = None) -> Iterator[tuple[int, Batch]]:
         """(rows of the global batch, this process's rows) of every held-out batch."""
-        with make_evaluation_batches(self._judged, self._judged_plan, encode_text, rows=self._rows(mesh)) as loader:
+        options = {"rows": self._rows(mesh), "speaker": self.tokens is not None, "tokens": self.tokens}
+        with make_evaluation_batches(self._judged, self._judged_plan, encode_text, **options) as loader:
             for index, batch in loader:
                 yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch
 
@@ -107,10 +138,3 @@ class CorpusBatches:
         """Which rows of a batch are ours: a table and not a function of the mesh, as loader processes touch no device."""
         table: dict[int, np.ndarray] = {size: local_rows(mesh, size) for size in self.sizes()}
         return table.__getitem__
-
-
-def _shapes(plan: Plan) -> list[BatchShape]:
-    return [
-        {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in batch_spec(bucket).items()}
-        for bucket in plan.buckets
-    ]

@@ -20,15 +20,17 @@ from absl import flags, logging
 from jaxtyping import Bool, Int64
 
 from cv2jax.config import UserError
-from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate
+from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate, num_token_slots
 from cv2jax.data.buckets import Bucket
 from cv2jax.data.plan import Plan
 from cv2jax.data.shards import Record
+from cv2jax.data.tokens import SpeechTokenFile
 
 SelectRows = Callable[[int], Any]  # global batch size -> rows of it [B] that this process loads
 _ENDLESS = 1 << 40  # steps of a loader without an end
 # Batches of a worker on their way: in its hands, in its queue, in the hands of the thread that empties it, and ready.
 _HANDED_OVER = 4
+_NAMED_MISSING = 5  # utterances without speech tokens that a process names
 
 
 @runtime_checkable
@@ -58,15 +60,18 @@ class _BatchSource:
         self,
         split: ReadsRows,
         plan: Plan,
-        encode_text: EncodeText,
+        encode_text: EncodeText | None,
         rows: SelectRows | None,
         speaker: bool,
+        tokens: SpeechTokenFile | None,
     ) -> None:
         self._split: Any = split
         self._plan = plan
         self._encode_text = encode_text
         self._rows = rows
         self._speaker = speaker
+        self._tokens = tokens
+        self._named: set[str] = set()  # utterances without speech tokens
 
     def _load(
         self, step: int, bucket_id: int, utterances: Int64[np.ndarray, "B"], row_mask: Bool[np.ndarray, "B"]
@@ -74,16 +79,29 @@ class _BatchSource:
         if self._rows is not None:
             local = np.asarray(self._rows(len(utterances)), np.int64)
             utterances, row_mask = utterances[local], row_mask[local]
+        records = [self._read(row) for row in utterances.tolist()]
         batch = collate(
-            [self._read(row) for row in utterances.tolist()],
+            records,
             self._plan.buckets[bucket_id],
             utterances=utterances,
             row_mask=row_mask,
             encode_text=self._encode_text,
             rate_hz=self._plan.rate_hz,
             speakers=np.asarray(self._split.speaker[utterances], np.int32) if self._speaker else None,
+            speech_tokens=None if self._tokens is None else [self._find(self._tokens, r.id) for r in records],
         )
         return np.array(step, np.int64), batch
+
+    def _find(self, tokens: SpeechTokenFile, identity: str) -> np.ndarray:
+        try:
+            found = tokens.read(identity)
+        except KeyError:
+            found = np.zeros(0, np.int32)
+        if not len(found) and identity not in self._named and len(self._named) < _NAMED_MISSING:
+            self._named.add(identity)
+            more = "; others like it are not named" if len(self._named) == _NAMED_MISSING else ""
+            logging.warning("utterance %r is left out: %s has no tokens of it%s", identity, tokens.path, more)
+        return found
 
     def _read(self, row: int) -> Record:
         try:
@@ -211,50 +229,58 @@ class Loader:
 def make_loader(
     split: ReadsRows,
     plan: Plan,
-    encode_text: EncodeText,
+    encode_text: EncodeText | None,
     *,
     start_step: int = 0,
     num_steps: int | None = None,
     rows: SelectRows | None = None,
     speaker: bool = False,
+    tokens: SpeechTokenFile | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
     """Training batches of `num_steps` steps (None: without end) from `start_step` on; same batches for any worker count.
 
-    `rows` picks the rows of each global batch that this process loads (None: all). `speaker` adds each row's
-    speaker. `encode_text`, `split` and `rows` must be picklable when there are workers. `prefetch` batches are read
-    ahead (see `Loader`), by `num_threads` threads where there are no workers; what they may take is logged.
+    `rows` picks the rows of each global batch that this process loads (None: all). `speaker` adds each row's speaker,
+    `tokens` its speech tokens; one that has none is no row. `encode_text` (None: no text), `split` and `rows` must be
+    picklable when there are workers. `prefetch` batches are read ahead (see `Loader`), by `num_threads` threads where
+    there are no workers; what they may take is logged.
     """
     steps = _ENDLESS if num_steps is None else num_steps
-    source = _TrainingSource(split, plan, encode_text, rows, speaker, start_step=start_step, num_steps=steps)
+    parts = (split, plan, encode_text, rows, speaker, tokens)
+    source = _TrainingSource(*parts, start_step=start_step, num_steps=steps)
     loader = Loader(source, start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
-    size = max(_batch_bytes(bucket, rows, speaker) for bucket in plan.buckets) / 2**20
+    size = max(_batch_bytes(bucket, rows, _spec_options(plan, bucket, parts)) for bucket in plan.buckets) / 2**20
     total = loader.max_waiting * size
     where = f"this process and its {num_workers} data workers" if num_workers else "this process"
     logging.info("up to %.1f MiB of batches wait in %s: %d of %.1f MiB", total, where, loader.max_waiting, size)
     return loader
 
 
-def _batch_bytes(bucket: Bucket, rows: SelectRows | None, speaker: bool) -> int:
-    whole = sum(
-        math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in batch_spec(bucket, speaker=speaker).values()
-    )
+def _spec_options(plan: Plan, bucket: Bucket, parts: tuple[Any, ...]) -> dict[str, Any]:
+    _, _, encode_text, _, speaker, tokens = parts
+    slots = None if tokens is None else num_token_slots(bucket.num_samples, plan.rate_hz)
+    return {"text": encode_text is not None, "speaker": speaker, "speech_tokens": slots}
+
+
+def _batch_bytes(bucket: Bucket, rows: SelectRows | None, options: dict[str, Any]) -> int:
+    whole = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in batch_spec(bucket, **options).values())
     return whole if rows is None else whole * len(rows(bucket.batch_size)) // bucket.batch_size
 
 
 def make_evaluation_batches(
     split: ReadsRows,
     plan: Plan,
-    encode_text: EncodeText,
+    encode_text: EncodeText | None,
     *,
     rows: SelectRows | None = None,
     speaker: bool = False,
+    tokens: SpeechTokenFile | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
     """Batches that show every planned utterance once, bucket by bucket; rows that only fill a shape are masked out."""
-    source = _EvaluationSource(split, plan, encode_text, rows, speaker)
+    source = _EvaluationSource(split, plan, encode_text, rows, speaker, tokens)
     return Loader(source, 0, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)

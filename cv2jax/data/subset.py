@@ -13,6 +13,7 @@ class SplitSubset:
         self.name = split.name
         self.num_samples = np.asarray(split.num_samples[rows])
         self.num_characters = np.asarray(split.num_characters[rows])
+        self.speaker = np.asarray(split.speaker[rows])
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import threading
 import zipfile
 import zlib
 from array import array
@@ -119,20 +120,34 @@ def check_token_path(path: str | os.PathLike[str]) -> pathlib.Path:
 class SpeechTokenFile:
     """The speech tokens of a file by id, or in the file's order; of JSONL, memory holds 16 bytes an utterance, no tokens.
 
-    `tokenizer` is the hash of the tokenizer that made them. Raises UserError where the file cannot be read or is damaged,
-    where it holds an id twice, and where its tokens come from two tokenizers.
+    `tokenizer` is the hash of the tokenizer that made them, `hash` that of the content: of JSONL its sha256, of npz that
+    of its names, sizes and CRCs. All tokens lie below `num_codes`: an npz states it (0 where not), of JSONL it is one
+    more than the largest. Threads may share it; pickled, it takes the index of JSONL along and opens an npz anew. Raises
+    UserError where the file cannot be read or is damaged, where it holds an id twice, and where its tokens come from two
+    tokenizers.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = check_token_path(path)
         self._archive: zipfile.ZipFile | None = None
+        self._lock = threading.Lock()
         self._hashes, self._offsets = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        self.tokenizer, self.hash, self.num_codes = "", "", 0
         with _damage_reported(self.path):
             if self.path.suffix == ".npz":
                 self._archive = zipfile.ZipFile(self.path)
-                self.tokenizer = str(json.loads(str(_read_array(self._archive, METADATA)))["tokenizer"])
+                self._read_directory(self._archive)
             else:
-                self.tokenizer = self._index_lines()
+                self._index_lines()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_archive": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+        if self.path.suffix == ".npz":
+            with _damage_reported(self.path):
+                self._archive = zipfile.ZipFile(self.path)
 
     def __len__(self) -> int:
         return len(self._offsets) if self._archive is None else len(self._archive.NameToInfo) - 1
@@ -149,19 +164,30 @@ class SpeechTokenFile:
                 if found == identity:
                     return tokens
         elif identity in self:
-            with _damage_reported(self.path):
-                return _check_array(_read_array(self._archive, identity))
+            with _damage_reported(self.path), self._lock:
+                tokens = _check_array(_read_array(self._archive, identity))
+                if self.num_codes and tokens.max(initial=-1) >= self.num_codes:
+                    raise ValueError(f'"{identity}" has token {tokens.max()}, of {self.num_codes} codes')
+                return tokens
         raise KeyError(f"{self.path} holds no tokens of {identity!r}")
 
     def __iter__(self) -> Iterator[tuple[str, Int32[np.ndarray, " L"]]]:
         return read_speech_tokens(self.path)
 
-    def _index_lines(self) -> str:
-        hashes, offsets = array("Q"), array("q")
+    def _read_directory(self, archive: zipfile.ZipFile) -> None:
+        metadata = json.loads(str(_read_array(archive, METADATA)))
+        self.tokenizer, self.num_codes = str(metadata["tokenizer"]), int(metadata.get("num_codes", 0))
+        digest = hashlib.sha256()
+        for info in archive.infolist():
+            digest.update(f"{info.filename}\n{info.file_size} {info.CRC}\n".encode("utf-8", "surrogatepass"))
+        self.hash = digest.hexdigest()
+
+    def _index_lines(self) -> None:
+        hashes, offsets, digest = array("Q"), array("q"), hashlib.sha256()
         offset, tokenizer = 0, None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                identity, _, made_by = _parse_line(line, number)
+                identity, tokens, made_by = _parse_line(line, number)
                 if made_by != (tokenizer := tokenizer or made_by):
                     raise ValueError(
                         f"line {number}: made by tokenizer {made_by[:12]}, those before by {tokenizer[:12]}"
@@ -169,6 +195,8 @@ class SpeechTokenFile:
                 hashes.append(_hash(identity))
                 offsets.append(offset)
                 offset += len(line)
+                digest.update(line)
+                self.num_codes = max(self.num_codes, 1 + int(tokens.max(initial=-1)))
         if tokenizer is None:
             raise ValueError("it holds no utterance")
         order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
@@ -178,7 +206,7 @@ class SpeechTokenFile:
             (one, _), (other, _) = list(self._read_places(int(place), int(place) + 2))
             if one == other:
                 raise ValueError(f'id "{one}" occurs twice')
-        return tokenizer
+        self.tokenizer, self.hash = tokenizer, digest.hexdigest()
 
     def _read_lines(self, identity: str) -> Iterator[tuple[str, np.ndarray]]:
         """The utterances whose id has the same hash: seldom more than one."""
@@ -235,6 +263,8 @@ def _check_array(tokens: np.ndarray) -> Int32[np.ndarray, " L"]:
         raise ValueError("speech tokens must be a list of integers")
     if tokens.size and not -(2**31) <= tokens.min() <= tokens.max() < 2**31:
         raise ValueError("a speech token does not fit 32 bits")
+    if tokens.size and tokens.min() < 0:
+        raise ValueError("a speech token is negative")
     return tokens.astype(np.int32)
 
 

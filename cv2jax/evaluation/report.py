@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cv2jax.evaluation.flow import draw_spectrograms
+
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
 table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #eee;text-align:left}
@@ -29,7 +31,8 @@ def training_page(
 
     Args:
       summary: name → value, shown first. curves_png: the run's curves. evaluations: held-out lines of metrics.jsonl in
-        order, of which the last may carry `examples` [[reference, recognised], …] and `digit_histogram` [8][3].
+        order, of which the last may carry `examples` [[reference, recognised], …] and `digit_histogram` [8][3], and
+        `spectrograms` of `evaluation.flow.pack_spectrograms`.
       config_text: printed whole. notes: paragraphs under the summary.
     """
     last = evaluations[-1] if evaluations else {}
@@ -38,6 +41,8 @@ def training_page(
     parts += ["<h2>Curves</h2>", _image(curves_png, "training and held-out curves")]
     if last.get("codes_used"):
         parts += ["<h2>Codebook</h2>", _image(draw_codebook(evaluations), "use of the codebook")]
+    if last.get("spectrograms"):
+        parts += ["<h2>Held-out mel</h2>", _image(draw_spectrograms(last["spectrograms"]), "truth, offline, streamed")]
     if last.get("examples"):
         parts.append("<h2>Heard on held-out speech</h2>")
         parts.append(_table(("spoken", "recognised"), last["examples"]))

@@ -9,12 +9,23 @@ from cv2jax.train.metrics import draw_curves, read_metrics
 from cv2jax.train.run import load_run
 
 _PERCENT = {
+    "offline_ratio": "mel distance offline, of that of a constant mel a token",
+    "streamed_ratio": "mel distance streamed, of that of a constant mel a token",
+    "seen_share": "held-out frames whose token training showed",
     "cer": "character error rate, held out",
     "word_accuracy": "word accuracy, held out",
     "ctc_cer": "character error rate of the CTC head",
     "codes_used_share": "share of the codebook used on held-out speech",
 }
-_PLAIN = {"codes_used": "codes used", "perplexity": "perplexity of the codes", "num_utterances": "held-out utterances"}
+_PLAIN = {
+    "offline_mel_l1": "mel distance offline (mean |difference| of log-mel)",
+    "streamed_mel_l1": "mel distance streamed",
+    "streamed_difference": "distance between streamed and offline mel",
+    "loss": "loss, held out",
+    "codes_used": "codes used",
+    "perplexity": "perplexity of the codes",
+    "num_utterances": "held-out utterances",
+}
 
 
 def write_report(workdir: str | pathlib.Path, notes: tuple[str, ...] = ()) -> pathlib.Path:

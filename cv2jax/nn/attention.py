@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cv2jax.nn.masks import MaskSpec
-from cv2jax.nn.splash import TILE, attend_splash
+from cv2jax.nn.splash import TILE, attend_splash, fits_splash
 from cv2jax.parallel.sharding import platform
 
 MASKED_LOGIT = (
@@ -58,13 +58,13 @@ def attend(
     if isinstance(mask, MaskSpec):
         if mask.kind == "causal" and q.shape[1] == k.shape[1] > BLOCK:
             return _attend_causal(q, k, v, mask.segments)
-        mask = mask.array(q.shape[1], k.shape[1])
+        mask = mask.array(q.shape[1], k.shape[1], q.shape[0])
     return _attend_grouped(q, k, v, mask)
 
 
 def _fastest(q: Float[Array, "B T H C"], k: Float[Array, "B S K C"], mask: Array | MaskSpec | None) -> str:
     where, length = platform(), q.shape[1]
-    if where == "tpu" and isinstance(mask, MaskSpec | None) and length == k.shape[1] and length % TILE == 0:
+    if where == "tpu" and fits_splash(mask, q.shape[0]) and length == k.shape[1] and length % TILE == 0:
         return "splash"
     # Flash attention of cuDNN: one query a row (decoding) is left to XLA, and lengths that it cannot differentiate.
     fits = length > 1 and length % 2 == k.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
@@ -88,18 +88,19 @@ def _attend_cudnn(
         raise ValueError(
             f"cudnn attention needs an NVIDIA GPU and bfloat16 or float16, not {platform()} and {q.dtype}; use impl 'xla'"
         )
-    is_causal, mask = cudnn_mask(mask, q.shape[1], k.shape[1])
+    is_causal, mask = cudnn_mask(mask, q.shape[1], k.shape[1], q.shape[0])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation="cudnn")
 
 
 def cudnn_mask(
-    mask: Bool[Array, "#B #H #T S"] | MaskSpec | None, num_queries: int, num_keys: int
+    mask: Bool[Array, "#B #H #T S"] | MaskSpec | None, num_queries: int, num_keys: int, num_rows: int = 1
 ) -> tuple[bool, Bool[Array, "#B #H T S"] | None]:
     """(is_causal, mask) for `jax.nn.dot_product_attention`, whose kernel skips what lies above the diagonal."""
     causal = isinstance(mask, MaskSpec) and mask.kind == "causal"
     if isinstance(mask, MaskSpec):
-        segments = mask.segments
-        mask = None if segments is None else MaskSpec(segments=segments).array(num_queries, num_keys)
+        rest = MaskSpec(segments=mask.segments) if causal else mask
+        is_open = rest.kind == "full" and rest.segments is None
+        mask = None if is_open else rest.array(num_queries, num_keys, num_rows)
     if mask is not None:  # the kernel broadcasts over rows and heads, not over queries
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], num_queries, num_keys))
     return causal, mask

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from cv2jax.parallel.sharding import constrain
 
@@ -67,6 +67,8 @@ class Linear(nn.Module):
       use_bias: whether to add a bias of shape `shape[num_input_axes:]`.
       dtype: computation dtype; parameters stay fp32.
       init_scale: standard deviation of the initial kernel relative to 1/√fan-in.
+      identity: start as the identity of the first inputs instead, for a path that is to carry what comes.
+      initial_bias: of every output.
       precision: matmul precision, for the few products that must not be rounded to bf16 on a TPU.
     """
 
@@ -77,19 +79,27 @@ class Linear(nn.Module):
     dtype: str = "float32"
     precision: str | None = None
     init_scale: float = 1.0
+    identity: bool = False
+    initial_bias: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps [..., *shape[:num_input_axes]] to [..., *shape[num_input_axes:]] in `dtype`."""
         n = self.num_input_axes
-        init = partitioned(fan_in_init(n, len(self.shape), self.init_scale), self.axes)
-        kernel = self.param("kernel", init, self.shape).astype(self.dtype)
+        init: Any = _identity if self.identity else fan_in_init(n, len(self.shape), self.init_scale)
+        kernel = self.param("kernel", partitioned(init, self.axes), self.shape).astype(self.dtype)
         y = contract(x.astype(self.dtype), kernel, n, self.precision)
         if self.use_bias:
             # An output axis called "embed" is the residual stream: its bias is small, so it is replicated like a norm.
             names = tuple("norm" if name == "embed" else name for name in self.axes[n:])
-            y = y + self.param("bias", partitioned(nn.initializers.zeros, names), self.shape[n:]).astype(self.dtype)
+            initial = nn.initializers.constant(self.initial_bias)
+            y = y + self.param("bias", partitioned(initial, names), self.shape[n:]).astype(self.dtype)
         return y
+
+
+def _identity(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    del key
+    return jnp.eye(*shape, dtype=dtype)
 
 
 class LayerNorm(nn.Module):
@@ -158,12 +168,13 @@ class FeedForward(nn.Module):
     """Linear, exact (erf) GELU, Linear: the transformer MLP of Whisper and of the speech tokenizer.
 
     Attributes:
-      width: D. hidden_dim: size between the two layers. dtype: computation dtype.
+      width: D. hidden_dim: size between the two layers. dtype: computation dtype. out_scale: `init_scale` of the second.
     """
 
     width: int
     hidden_dim: int
     dtype: str = "float32"
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -171,7 +182,10 @@ class FeedForward(nn.Module):
 
         h = Linear((self.width, self.hidden_dim), ("embed", "mlp"), dtype=self.dtype, name="up")(x)
         h = constrain(gelu(h), "batch", "length", "act_mlp")
-        return Linear((self.hidden_dim, self.width), ("mlp", "embed"), dtype=self.dtype, name="down")(h)
+        scale = self.out_scale
+        return Linear((self.hidden_dim, self.width), ("mlp", "embed"), dtype=self.dtype, init_scale=scale, name="down")(
+            h
+        )
 
 
 class GatedFeedForward(nn.Module):

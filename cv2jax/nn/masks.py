@@ -1,9 +1,11 @@
 """Boolean masks (True = keep), built from lengths and combined with `&`, and masks described for a kernel to compute."""
 
+import dataclasses
 import typing
 
 import flax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -23,7 +25,68 @@ def causal_mask(num_queries: int, num_keys: int, first_query: int | Int[Array, "
     return (jnp.arange(num_keys)[None, :] <= queries)[None, None]
 
 
-KINDS = ("full", "causal")
+KINDS = ("full", "causal", "chunk")
+NO_CHUNK = NO_LEFT = 1 << 30  # of a chunk that holds everything, of a left context without an end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkMask:
+    """A position sees its own chunk and what lies before it: all of it, or a left context and the prompt.
+
+    Chunk 1 is causal, NO_CHUNK sees everything: the four masks of the paper (2.4) differ in this number alone.
+
+    Attributes:
+      chunk: positions of a chunk. left: how many positions before its chunk a query sees; None: all.
+      prompt: positions at the start that are seen however bounded the left context is.
+
+    Raises ValueError for a chunk below 1, a left context or a prompt below 0.
+    """
+
+    chunk: int
+    left: int | None = None
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or (self.left or 0) < 0 or self.prompt < 0:
+            raise ValueError(f"{self}: a chunk is at least 1, a left context and a prompt at least 0")
+
+    def scaled(self, factor: int) -> "ChunkMask":
+        """The same mask where each position becomes `factor` of them."""
+        return ChunkMask(
+            chunk=_scaled(self.chunk, factor),
+            left=None if self.left is None else _scaled(self.left, factor),
+            prompt=self.prompt * factor,
+        )
+
+    def sees(self, queries: Int[np.ndarray, "..."], keys: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+        """Whether each query position sees the key position beside it; the arrays broadcast."""
+        start = queries // self.chunk * self.chunk
+        seen = keys < start + self.chunk
+        if self.left is None:
+            return seen
+        return seen & ((keys >= start - self.left) | (keys < self.prompt))
+
+
+def _scaled(number: int, factor: int) -> int:
+    return number if number >= NO_CHUNK else number * factor
+
+
+def chunk_array(
+    chunk: Int[Array, " #B"],
+    left: Int[Array, " #B"],
+    prompt: Int[Array, " #B"],
+    queries: Int[Array, "#B T"],
+    keys: Int[Array, "#B S"],
+) -> Bool[Array, "#B 1 T S"]:
+    """`ChunkMask` of each row as data, between any positions: True where query t sees key s.
+
+    NO_LEFT is a left context without an end. A key at a negative position is an empty slot, which nobody sees.
+    """
+    chunk, left, prompt = (x[:, None, None] for x in (chunk, left, prompt))
+    queries, keys = queries[:, :, None], keys[:, None, :]
+    start = queries // chunk * chunk  # differences, as start + chunk could overflow
+    seen = (keys - start < chunk) & ((start - keys <= left) | (keys < prompt)) & (keys >= 0)
+    return seen[:, None]
 
 
 @typing.no_type_check  # a pytree node also holds shapes or shardings, which are no arrays
@@ -35,16 +98,27 @@ class MaskSpec:
     is empty and nothing it computes can be NaN. Raises ValueError for an unknown kind.
 
     Attributes:
-      kind: "full", or "causal" (no key later than the query); static under `jax.jit`.
+      kind: "full", "causal" (no key later than the query) or "chunk" (see `ChunkMask`); static under `jax.jit`.
       segments: of packed utterances, 0 = padding; None: one segment without padding.
+      rows: of kind "chunk", static: row r of a batch has mask r mod len(rows), which kernels need.
+      chunk, left, prompt: of kind "chunk" without `rows`, the mask of each row [B] as data (see `chunk_array`).
     """
 
     kind: str = flax.struct.field(default="full", pytree_node=False)
     segments: Int[Array, "B T"] | None = None
+    rows: tuple[ChunkMask, ...] = flax.struct.field(default=(), pytree_node=False)
+    chunk: typing.Any = None
+    left: typing.Any = None
+    prompt: typing.Any = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"mask kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
+        is_chunk, has_data = self.kind == "chunk", self.chunk is not None
+        if is_chunk == (not self.rows and not has_data) or (self.rows and has_data):
+            raise ValueError(
+                f"a mask of kind {self.kind!r} has `rows` or data of chunks where it is 'chunk', never both"
+            )
 
     def require(self, num_queries: int, num_keys: int) -> None:
         """Raises ValueError when there are segments, of another length than the queries and keys."""
@@ -52,12 +126,38 @@ class MaskSpec:
             length = self.segments.shape[1]
             raise ValueError(f"segments of length {length} cannot mask {num_queries} queries and {num_keys} keys")
 
-    def array(self, num_queries: int, num_keys: int) -> Bool[Array, "#B 1 T S"]:
-        """True where query t sees key s, for all heads; ValueError as `require`."""
+    def scaled(self, factor: int) -> "MaskSpec":
+        """A chunk mask without segments where each position becomes `factor` of them; ValueError for another."""
+        if self.kind != "chunk" or self.segments is not None:
+            raise ValueError("only a chunk mask without segments can be scaled")
+        if self.rows:
+            return dataclasses.replace(self, rows=tuple(row.scaled(factor) for row in self.rows))
+        chunk, left = (jnp.where(x < NO_CHUNK, x * factor, x) for x in (self.chunk, self.left))
+        return dataclasses.replace(self, chunk=chunk, left=left, prompt=self.prompt * factor)
+
+    def as_data(self, num_rows: int) -> "MaskSpec":
+        """The same mask with the chunk masks of its rows as data."""
+        if not self.rows:
+            return self
+        rows = [self.rows[row % len(self.rows)] for row in range(num_rows)]
+        numbers = [(row.chunk, NO_LEFT if row.left is None else row.left, row.prompt) for row in rows]
+        chunk, left, prompt = jnp.asarray(numbers, jnp.int32).T
+        return dataclasses.replace(self, rows=(), chunk=chunk, left=left, prompt=prompt)
+
+    def array(self, num_queries: int, num_keys: int, num_rows: int = 1) -> Bool[Array, "#B 1 T S"]:
+        """True where query t sees key s, for all heads; ValueError as `require`.
+
+        `num_rows` of the batch matters only where rows of static masks have no segments, which would tell.
+        """
         self.require(num_queries, num_keys)
         mask = jnp.ones((1, 1, num_queries, num_keys), bool)
         if self.kind == "causal":
             mask = causal_mask(num_queries, num_keys)
+        elif self.kind == "chunk":
+            size = num_rows if self.segments is None else self.segments.shape[0]
+            data = self.as_data(1 if len(self.rows) == 1 else size)
+            queries, keys = jnp.arange(num_queries)[None], jnp.arange(num_keys)[None]
+            mask = chunk_array(data.chunk, data.left, data.prompt, queries, keys)
         if self.segments is None:
             return mask
         return mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])

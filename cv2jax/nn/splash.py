@@ -1,22 +1,55 @@
 """Attention by JAX's splash kernel on TPU: logits never reach memory, and blocks that are masked whole are skipped."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as kernel_masks
 from jaxtyping import Array, Float
 
-from cv2jax.nn.masks import MaskSpec
-from cv2jax.parallel.sharding import map_local, platform
+from cv2jax.nn.masks import ChunkMask, MaskSpec
+from cv2jax.parallel.sharding import map_local, num_batch_parts, platform
 
 TILE = 128  # lengths are whole numbers of the kernel's smallest block
 MAX_BLOCK = 512
 HEAD_DIM_MULTIPLE = 64
 
-_MASKS = {"full": kernel_masks.FullMask, "causal": kernel_masks.CausalMask}
+
+class _KernelMask(kernel_masks.Mask):
+    """A `ChunkMask` of a square, evaluated block by block; blocks that are masked whole are skipped."""
+
+    def __init__(self, length: int, mask: ChunkMask) -> None:
+        self._key = (length, mask)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._key[0], self._key[0])
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = (np.arange(self._key[0])[part] for part in idx)
+        return self._key[1].sees(queries[:, None], keys[None])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _KernelMask) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def fits_splash(mask: Any, num_rows: int) -> bool:
+    """Whether the kernel, which is compiled for its mask, can take it: a mask array and chunks that are data it cannot.
+
+    Rows with masks of their own are grouped on each device, whose share of the batch they must divide.
+    """
+    if mask is None:
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else num_batch_parts(mesh.shape, num_rows)
+    is_static = isinstance(mask, MaskSpec) and mask.chunk is None
+    return is_static and num_rows // parts % max(len(mask.rows), 1) == 0
 
 
 def attend_splash(
@@ -25,8 +58,12 @@ def attend_splash(
     """`cv2jax.nn.attention.attend` for as many keys as queries; off a TPU the kernel is interpreted, for tests.
 
     Under a mesh each device runs it on its rows, and on its heads where the tensor axis divides H and K. Head sizes that
-    are no multiple of 64 are padded with zeros. Raises ValueError unless S = T, a multiple of 128.
+    are no multiple of 64 are padded with zeros. Rows with chunk masks of their own run one kernel a mask. Raises
+    ValueError unless S = T, a multiple of 128, and for chunks that are data or do not divide a device's rows.
     """
+    if not fits_splash(mask, q.shape[0]):
+        what = "chunks that are data" if mask.chunk is not None else f"{len(mask.rows)} masks for a device's rows"
+        raise ValueError(f"splash attention cannot take {what}: its masks are static; use impl 'xla', or other rows")
     (_, num_queries, _, head_dim), num_keys = q.shape, k.shape[1]
     if num_queries != num_keys or num_queries % TILE:
         raise ValueError(
@@ -45,9 +82,18 @@ def attend_splash(
     interpret = platform() != "tpu"
 
     def local(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
-        kernel = _make_kernel(mask.kind, q.shape[1], num_queries, interpret)
-        ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
-        return jax.vmap(lambda q, k, v, ids: cast(Array, kernel(q, k, v, segment_ids=ids)))(q, k, v, ids)
+        groups = mask.rows or (mask.kind,)
+
+        def attend_group(which: ChunkMask | str, *rows: Array | None) -> Array:
+            kernel = _make_kernel(which, q.shape[1], num_queries, interpret)
+            ids = rows[3] if rows[3] is None else kernels.SegmentIds(q=rows[3], kv=rows[3])
+            return jax.vmap(lambda q, k, v, ids: cast(Array, kernel(q, k, v, segment_ids=ids)))(
+                rows[0], rows[1], rows[2], ids
+            )
+
+        of_group = lambda x, i: None if x is None else x[i :: len(groups)]  # noqa: E731
+        parts = [attend_group(which, *(of_group(x, i) for x in (q, k, v, segments))) for i, which in enumerate(groups)]
+        return jnp.stack(parts, axis=1).reshape(q.shape[0], *parts[0].shape[1:])
 
     if q.dtype.itemsize == 2:
         local = _at_default_precision(local)
@@ -74,9 +120,13 @@ def _at_default_precision(function: Callable[..., Array]) -> Callable[..., Array
     return run
 
 
-def _make_kernel(kind: str, num_heads: int, length: int, interpret: bool) -> kernels.SplashAttentionKernel:
+def _make_kernel(which: ChunkMask | str, num_heads: int, length: int, interpret: bool) -> kernels.SplashAttentionKernel:
     """Not cached: its tables are arrays of the trace that makes it."""
-    mask = kernel_masks.MultiHeadMask([_MASKS[kind]((length, length))] * num_heads)
+    if isinstance(which, ChunkMask):
+        square = _KernelMask(length, which)
+    else:
+        square = {"full": kernel_masks.FullMask, "causal": kernel_masks.CausalMask}[which]((length, length))
+    mask = kernel_masks.MultiHeadMask([square] * num_heads)
     block = max(size for size in range(TILE, MAX_BLOCK + 1, TILE) if length % size == 0)
     blocks = kernels.BlockSizes(
         block_q=block,

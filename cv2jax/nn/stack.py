@@ -25,6 +25,7 @@ def apply_stack(
     remat: str = "none",
     scan: bool = True,
     name: str = "blocks",
+    axis: str = "layers",
 ) -> tuple[Float[Array, "B T D"], PyTree]:
     """Applies `num_layers` copies of `block(**fields)`; call it inside an `nn.compact` method.
 
@@ -37,6 +38,7 @@ def apply_stack(
       num_layers: how many. deterministic: no dropout.
       remat: a key of REMAT_POLICIES. scan: one stacked parameter tree `name` and one compiled body,
         or separate trees `name_0`, `name_1`, …; the numbers are the same (`stack_layers` converts).
+      axis: logical name of the stacked axis; another one inside a stack.
 
     Returns: (x, new state stacked like `state`). Raises ValueError for an unknown policy.
     """
@@ -54,7 +56,7 @@ def apply_stack(
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast) + (nn.broadcast,) * len(shared),
             length=num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: axis},
         )
         return scanned(**fields, name=name)(x, state, deterministic, *shared)
     states = []

@@ -28,6 +28,7 @@ RULES: Rules = (
     ("vocab", "tensor"),
     ("codebook", "tensor"),
     ("layers", None),
+    ("inner_layers", None),
     ("norm", None),
     ("conv", None),
 )
@@ -88,6 +89,12 @@ def map_local(
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def num_batch_parts(sizes: Mapping[str, int], num_rows: int) -> int:
+    """Into how many parts `map_local` cuts `num_rows` rows on a mesh of those axis sizes: 1 where they do not divide."""
+    parts = _num_parts(sizes, BATCH_AXES)
+    return parts if num_rows % parts == 0 else 1
 
 
 def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "model.backbone.remat",
     "model.attention",
     "model.loss_chunk",
+    "data.speech_tokens:",
     "data.corpus:",  # the corpus is compared by its hash, not by where it lies
     "data.speech_tokenizer",  # only evaluations read with it
     "init_from",  # a resumed run starts from its own checkpoint

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.data.batch import batch_hash, batch_spec, collate
+from cv2jax.data.batch import batch_hash, batch_spec, collate, num_token_slots
 from cv2jax.data.buckets import Bucket
 from cv2jax.text.characters import CharacterVocabulary
 from tests.data.speech_files import make_record
@@ -27,6 +27,24 @@ def test_arrays_have_the_shapes_of_the_spec():
         batch = make_batch(speakers=speakers)
         spec = batch_spec(BUCKET, speaker=speakers is not None)
         assert {name: (array.shape, array.dtype) for name, array in batch.items()} == spec
+
+
+def test_speech_tokens_fill_the_slots_of_their_audio():
+    # 960 samples are one token slot of 40 ms; the records have 500 (one begun), 960 and 500 samples.
+    batch = make_batch(encode_text=None, speech_tokens=[np.arange(n) + 7 for n in (1, 3, 0)], row_mask=np.ones(3, bool))
+    spec = batch_spec(BUCKET, text=False, speech_tokens=1)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == spec
+    assert batch["speech_tokens"].tolist() == [[7], [7], [0]]
+    assert batch["num_speech_tokens"].tolist() == [1, 1, 0]
+    assert batch["row_mask"].tolist() == [True, True, False]
+    assert not make_batch(speech_tokens=[np.arange(1)] * 3)["row_mask"][2]
+    with pytest.raises(UserError, match=r"'u2' \(row 9\) has 4 speech tokens for 0.04 s of audio, which are 1; encode"):
+        make_batch(speech_tokens=[np.arange(n) for n in (1, 4, 0)])
+
+
+@pytest.mark.parametrize(("num_samples", "rate_hz", "slots"), [(1, 16000, 1), (640, 16000, 1), (96_001, 24000, 101)])
+def test_slots_hold_the_token_begun(num_samples, rate_hz, slots):
+    assert num_token_slots(num_samples, rate_hz) == slots
 
 
 def test_content_is_padded_with_zeros():

@@ -1,7 +1,10 @@
 """The token files: both formats, whole or not there, a full disk; read in order and by id."""
 
+import concurrent.futures
+import hashlib
 import json
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -120,6 +123,7 @@ LINE = '{"id": "a", "speech_tokens": [1, 2], "tokenizer": "abc"}\n'
         (LINE.replace("2]", "2.5]"), "line 1: ValueError: speech tokens must be a list of integers"),
         (LINE.replace("2]", "[2]]"), "line 1: ValueError"),
         (LINE.replace("2]", "99999999999]"), "line 1: ValueError: a speech token does not fit 32 bits"),
+        (LINE.replace("2]", "-2]"), "line 1: ValueError: a speech token is negative"),
         (LINE + LINE.replace("abc", "abd").replace('"a"', '"b"'), "line 2: made by tokenizer abd, those before by abc"),
         (LINE + LINE.replace('"a"', '"b"') + LINE, 'id "a" occurs twice'),
     ],
@@ -132,6 +136,46 @@ def test_damaged_lines_are_named(tmp_path: pathlib.Path, text: str, message: str
     if "line" in message and "made by" not in message:
         with pytest.raises(UserError, match=message):
             list(read_speech_tokens(tmp_path / "t.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "npz"])
+def test_a_pickled_file_reads_the_same_in_many_threads(tmp_path: pathlib.Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    expected = many(path)
+    file = pickle.loads(pickle.dumps(SpeechTokenFile(path)))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(file.read, list(expected) * 3))
+    assert [tokens.tolist() for tokens in found] == list(expected.values()) * 3
+    assert (len(file), file.tokenizer) == (300, "abc")
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        pickle.loads(pickle.dumps(file)).read("dir/ä 1")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "npz"])
+def test_the_hash_is_that_of_the_content(tmp_path: pathlib.Path, suffix: str) -> None:
+    def hash_of(name: str, identity: str, tokens: list[int]) -> str:
+        path = tmp_path / f"{name}.{suffix}"
+        with TokenWriter(path, {"tokenizer": "abc"}) as writer:
+            writer.write(identity, "a.wav", np.array(tokens, np.int32), num_frames=8, seconds=0.1)
+        assert suffix == "npz" or SpeechTokenFile(path).hash == hashlib.sha256(path.read_bytes()).hexdigest()
+        return SpeechTokenFile(path).hash
+
+    assert hash_of("x", "a", [3, 4]) == hash_of("y", "a", [3, 4])
+    assert len({hash_of("x", *change) for change in (("a", [3, 4]), ("a", [4, 3]), ("b", [3, 4]), ("a", [3]))}) == 4
+
+
+def test_tokens_lie_below_the_number_of_codes(tmp_path: pathlib.Path) -> None:
+    for suffix, stated, found in (("jsonl", 27, 10), ("npz", 27, 27), ("npz", 0, 0)):
+        path = tmp_path / f"{suffix}{stated}.{suffix}"
+        with TokenWriter(path, {"tokenizer": "abc"} | ({"num_codes": stated} if stated else {})) as writer:
+            for identity, tokens in (("a", [3, 9]), ("b", []), ("c", [0])):
+                writer.write(identity, "a.wav", np.array(tokens, np.int32), num_frames=8, seconds=0.1)
+        assert SpeechTokenFile(path).num_codes == found
+    with TokenWriter(tmp_path / "t.npz", {"tokenizer": "abc", "num_codes": 9}) as writer:
+        writer.write("a", "a.wav", np.array([3, 9], np.int32), num_frames=8, seconds=0.1)
+    with pytest.raises(UserError, match=r't\.npz: no whole token file \("a" has token 9, of 9 codes'):
+        SpeechTokenFile(tmp_path / "t.npz").read("a")
 
 
 def test_damaged_archives_and_missing_files_are_one_line(tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cv2jax.nn import attention
 from cv2jax.nn.attention import attend
-from cv2jax.nn.masks import MaskSpec, causal_mask, key_mask, length_mask
+from cv2jax.nn.masks import ChunkMask, MaskSpec, causal_mask, key_mask, length_mask
 
 
 def draw(*shape, seed=0):
@@ -160,16 +160,34 @@ def test_causal_blocks_in_bfloat16():
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("kind", ["full", "causal", "array"])
+CHUNKS = MaskSpec(kind="chunk", rows=(ChunkMask(chunk=2, left=1, prompt=1), ChunkMask(chunk=4)))
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "array", "chunk", "chunk as data"])
 @pytest.mark.parametrize("with_segments", [False, True])
 def test_what_cudnn_is_given_means_the_same_mask(kind, with_segments):
     q, k, v = draw(2, 6, 4, 8), draw(2, 6, 2, 8, seed=1), draw(2, 6, 2, 8, seed=2)
     segments = packed(2, 6) if with_segments else None
-    mask = key_mask(length_mask(jnp.array([3, 6]), 6)) if kind == "array" else MaskSpec(kind=kind, segments=segments)
-    is_causal, given = attention.cudnn_mask(mask, 6, 6)
+    if kind == "array":
+        mask = key_mask(length_mask(jnp.array([3, 6]), 6))
+    elif kind.startswith("chunk"):
+        mask = (CHUNKS.as_data(2) if kind.endswith("data") else CHUNKS).replace(segments=segments)
+    else:
+        mask = MaskSpec(kind=kind, segments=segments)
+    is_causal, given = attention.cudnn_mask(mask, 6, 6, 2)
     assert given is None or given.shape[2:] == (6, 6)
     got = jax.nn.dot_product_attention(q, k, v, mask=given, is_causal=is_causal, implementation="xla")
     np.testing.assert_allclose(got, attend(q, k, v, mask=mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("as_data", [False, True])
+def test_each_row_has_its_own_chunk_mask(as_data):
+    q, k, v = draw(4, 6, 4, 8), draw(4, 6, 4, 8, seed=1), draw(4, 6, 4, 8, seed=2)
+    got = attend(q, k, v, mask=CHUNKS.as_data(4) if as_data else CHUNKS)
+    small = ["11....", "11....", "1111..", "1111..", "1..111", "1..111"]
+    large = ["1111.."] * 4 + ["111111"] * 2
+    mask = np.array([[[sign == "1" for sign in line] for line in lines] for lines in (small, large) * 2])[:, None]
+    np.testing.assert_allclose(got, definition(q, k, v, mask), atol=1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -189,6 +207,10 @@ def test_cudnn_on_a_gpu():
         ("tpu", "", "bfloat16", 256, None, "splash"),
         ("tpu", "", "bfloat16", 200, None, "xla"),
         ("tpu", "", "bfloat16", 256, "array", "xla"),
+        ("tpu", "", "bfloat16", 256, MaskSpec(kind="chunk", rows=CHUNKS.rows[:1]), "splash"),
+        ("tpu", "", "bfloat16", 256, CHUNKS, "xla"),  # one row does not hold two masks
+        ("tpu", "", "bfloat16", 256, CHUNKS.as_data(1), "xla"),
+        ("gpu", "9.0", "bfloat16", 256, CHUNKS.as_data(1), "cudnn"),
         ("gpu", "9.0", "bfloat16", 256, "array", "cudnn"),
         ("gpu", "8.6", "float16", 256, MaskSpec(kind="causal"), "cudnn"),
         ("gpu", "9.0", "bfloat16", 1, None, "xla"),  # decoding

@@ -12,7 +12,7 @@ from cv2jax.config import MeshConfig
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Backbone, Qwen2Config
 from cv2jax.nn import splash
 from cv2jax.nn.attention import attend
-from cv2jax.nn.masks import MaskSpec
+from cv2jax.nn.masks import NO_CHUNK, ChunkMask, MaskSpec
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import BATCH_AXES, map_local
 
@@ -135,3 +135,34 @@ def test_a_scanned_rematerialised_decoder_is_the_same_with_it():
 
     want = run(params, spec.array(128, 128), impl="xla")
     assert_equal_to_scale(run(params, spec, impl="splash"), want, tolerance=2e-5)
+
+
+ROWS = (ChunkMask(chunk=50), ChunkMask(chunk=100, left=60, prompt=37), ChunkMask(chunk=NO_CHUNK))
+
+
+def test_each_row_has_its_own_chunk_mask():
+    q, k, v, weights = draw(6, 256, 2, 2, 64)
+    mask = MaskSpec(kind="chunk", rows=ROWS, segments=random_segments(6, 256))
+    got = pulled_back("splash", q, k, v, weights, mask)
+    assert_equal_to_scale(got, pulled_back("xla", q, k, v, weights, mask))
+    assert_equal_to_scale(got, pulled_back("xla", q, k, v, weights, mask.as_data(6)))
+
+
+def test_chunk_masks_that_the_kernel_cannot_take_are_refused():
+    q, k, v, _ = draw(4, 128, 1, 1, 64)
+    mask = MaskSpec(kind="chunk", rows=ROWS)
+    with pytest.raises(ValueError, match="3 masks for a device's rows"):
+        attend(q, k, v, mask=mask, impl="splash")
+    with pytest.raises(ValueError, match="chunks that are data"):
+        attend(q, k, v, mask=mask.as_data(4), impl="splash")
+
+
+def test_rows_are_grouped_on_each_device():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    q, k, v, _ = draw(8, 128, 2, 2, 64, seed=3)
+    mask = MaskSpec(kind="chunk", rows=(ChunkMask(chunk=20), ChunkMask(chunk=1)))
+    want = attend(q, k, v, mask=mask)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda *qkv: attend(*qkv, mask=mask, impl="splash"))(*jax.device_put((q, k, v), sharding))
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)

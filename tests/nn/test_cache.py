@@ -1,0 +1,72 @@
+"""Ring caches against a list of what was written, and attention over them against attention over everything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv2jax.nn.attention import attend
+from cv2jax.nn.cache import EMPTY, append, attend_cached, grow, heads_first, init_cache
+
+
+def entries(rng, layers, rows, length):
+    return tuple(jnp.asarray(rng.normal(size=(layers, rows, 2, length, 3)), jnp.float32) for _ in range(2))
+
+
+def positions_of(starts, counts, size):
+    places = np.arange(size)
+    return jnp.asarray(np.where(places < counts[:, None], starts[:, None] + places, EMPTY), jnp.int32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pinned_positions_and_the_newest_others_are_kept(seed):
+    rng = np.random.default_rng(seed)
+    rows, slots = 3, 9
+    pinned = np.array([0, 2, 5])
+    cache, starts = init_cache(2, rows, 2, slots, 3, "float32"), np.zeros(rows, int)
+    written = [{} for _ in range(rows)]
+    for _ in range(6):
+        size = int(rng.integers(1, 15))
+        counts = rng.integers(0, size + 1, rows)
+        keys, values = entries(rng, 2, rows, size)
+        cache = append(
+            cache, keys, values, positions=positions_of(starts, counts, size), num_pinned=jnp.asarray(pinned)
+        )
+        for row in range(rows):
+            for i in range(counts[row]):
+                written[row][starts[row] + i] = (keys[:, row, :, i], values[:, row, :, i])
+        starts += counts
+        for row in range(rows):
+            others = sorted(p for p in written[row] if p >= pinned[row])[-(slots - pinned[row]) :]
+            want = [p for p in written[row] if p < pinned[row]] + others
+            held = np.asarray(cache.positions[row])
+            assert sorted(held[held != EMPTY].tolist()) == sorted(want)
+            for slot, position in enumerate(held.tolist()):
+                if position != EMPTY:
+                    np.testing.assert_array_equal(cache.keys[:, row, :, slot], written[row][position][0])
+                    np.testing.assert_array_equal(cache.values[:, row, :, slot], written[row][position][1])
+
+
+def test_growing_keeps_what_is_there():
+    rng = np.random.default_rng(0)
+    keys, values = entries(rng, 1, 2, 3)
+    small = append(
+        init_cache(1, 2, 2, 3, 3, "float32"),
+        keys,
+        values,
+        positions=jnp.array([[0, 1, 2]] * 2),
+        num_pinned=jnp.zeros(2, int),
+    )
+    large = grow(small, 5)
+    np.testing.assert_array_equal(large.positions, [[0, 1, 2, EMPTY, EMPTY]] * 2)
+    np.testing.assert_array_equal(large.keys[..., :3, :], keys)
+    assert grow(large, 4).positions.shape == (2, 5)
+
+
+def test_attention_over_old_and_new_keys_is_attention_over_all():
+    q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 3, 4)), jnp.float32) for _ in range(3))
+    mask = jnp.asarray(np.random.default_rng(2).random((2, 1, 8, 8)) < 0.6) | jnp.eye(8, dtype=bool)
+    new, old = ([heads_first(x)[:, :, part] for x in (k, v)] for part in (slice(5, 8), slice(0, 5)))
+    with jax.default_matmul_precision("highest"):
+        got = attend_cached(q, tuple(new), tuple(old), mask)
+        np.testing.assert_allclose(got, attend(q, k, v, mask=mask), atol=1e-5)

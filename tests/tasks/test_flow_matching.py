@@ -1,0 +1,171 @@
+"""The flow task: same loss on every mesh, padding and batch mates change nothing, resume, learning, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv2jax.config import MeshConfig, UserError, load_config, override
+from cv2jax.data.shards import Corpus
+from cv2jax.data.tokens import TokenWriter
+from cv2jax.models.flow_matching.draws import draw
+from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
+from cv2jax.parallel.distributed import global_batch
+from cv2jax.parallel.mesh import make_mesh
+from cv2jax.parallel.sharding import abstract_state
+from cv2jax.tasks import make_task
+from cv2jax.train.loop import train
+from cv2jax.train.state import make_state
+from cv2jax.train.step import compile_steps
+from tests.models.golden_flow import random_params, small_config
+from tests.run_record import record
+from tests.small_corpus import make_small_corpus
+
+NUM_CODES = 27
+SMALL = (
+    f"model.num_speech_tokens={NUM_CODES}",
+    "model.speaker_dim=8",
+    "model.encoder.width=16",
+    "model.encoder.num_heads=2",
+    "model.encoder.mlp_dim=16",
+    "model.encoder.num_layers=1",
+    "model.encoder.num_upsampled_layers=1",
+    "model.encoder.dropout=0.1",
+    "model.estimator.width=16",
+    "model.estimator.num_blocks=1",
+    "model.estimator.num_mid_stages=1",
+    "model.estimator.num_heads=2",
+    "model.estimator.head_dim=8",
+    "model.num_steps=2",
+    "data.batch_seconds=8",
+    "optimizer.warmup_steps=2",
+    "num_steps=6",
+    "log_every=1",
+    "evaluate_every=3",
+    "save_every=3",
+    "evaluate_utterances=4",
+)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("flow")
+    corpus = Corpus(make_small_corpus(root / "corpus"))
+    rng = np.random.default_rng(0)
+    with TokenWriter(root / "tokens.jsonl", {"tokenizer": "abc", "num_codes": NUM_CODES}) as writer:
+        for split in (corpus.split("train"), corpus.split("test")):
+            for row in range(len(split)):
+                found = split.read(row)
+                count = -(-len(found.waveform) // 640)
+                tokens = rng.integers(0, NUM_CODES, count).astype(np.int32)
+                writer.write(found.id, "a.wav", tokens, num_frames=count, seconds=count / 25)
+    return root
+
+
+def config_of(places, *sets):
+    given = (f"data.corpus={places / 'corpus'}", f"data.speech_tokens={places / 'tokens.jsonl'}")
+    return override(load_config("flow_matching_tiny"), [*given, *SMALL, *sets])
+
+
+def first_steps(config, mesh_config, num_devices, num_steps=2):
+    mesh, task = make_mesh(mesh_config, jax.devices()[:num_devices]), make_task(config)
+    abstract, shardings = abstract_state(task.init_state, mesh)
+    state = make_state(task.init_state, shardings, jax.random.key(0))
+    steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
+    got = []
+    for _, size, local in task.batches(0, num_steps, mesh):
+        batch = global_batch(mesh, local, size)
+        state, metrics = steps.for_batch(batch)(state, batch, jax.random.key(1))
+        got.append((float(metrics["loss"]), int(metrics["batch_hash"])))
+    return got
+
+
+def test_the_loss_is_the_same_on_every_mesh(places):
+    config = config_of(places, "data.num_buckets=1")
+    want = first_steps(config, MeshConfig(), 1)
+    got = first_steps(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    assert [h for _, h in got] == [h for _, h in want]
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-4)
+
+
+def test_scan_and_remat_change_nothing(places):
+    config = config_of(places, "data.num_buckets=1", "model.encoder.dropout=0.0")
+    want = first_steps(config, MeshConfig(), 1)
+    got = first_steps(override(config, ["model.remat=full"]), MeshConfig(), 1)
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5)
+
+
+def test_padding_and_batch_mates_change_no_row():
+    config = small_config(mask_chunks=(0, 3), mask_lefts=(-1, 4), mask_prompts=(0, 2))
+    model, params = FlowMatching(config), random_params(config)
+    rng = np.random.default_rng(0)
+    num_tokens = jnp.array([7, 3, 5, 0])
+    batch = {
+        "speech_tokens": jnp.asarray(rng.integers(0, 40, (4, 7)), jnp.int32),
+        "num_tokens": num_tokens,
+        "mel": jnp.asarray(rng.normal(size=(4, 14, 8)), jnp.float32),
+        "speaker_embedding": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
+    }
+    draws = draw(config, jax.random.key(3), num_tokens, 7)
+    run = jax.jit(lambda batch: flow_loss(model, params, batch, draws))
+    loss, error = run(batch)
+    valid = np.arange(14) < 2 * np.asarray(num_tokens)[:, None]
+    garbage = batch | {
+        "speech_tokens": jnp.where(valid[:, ::2], batch["speech_tokens"], 39),
+        "mel": jnp.where(valid[..., None], batch["mel"], jnp.nan),
+    }
+    other_loss, other = run(garbage)
+    np.testing.assert_array_equal(np.asarray(error)[valid], np.asarray(other)[valid])
+    assert float(loss) == float(other_loss)
+    assert float(loss) == pytest.approx(float(np.asarray(error)[valid].mean()), rel=1e-5)
+    alone = {name: array.at[1:].set(0) for name, array in batch.items()}
+    np.testing.assert_allclose(run(alone)[1][0], error[0], atol=1e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(places, tmp_path):
+    config = config_of(places, "data.num_buckets=1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(make_task(config), config, whole) == 0
+    task = make_task(config)
+    batches = task.batches
+
+    def until(*arguments):
+        for step, size, local in batches(*arguments):
+            if step == 4:
+                raise Killed
+            yield step, size, local
+
+    task.batches = until
+    with pytest.raises(Killed):
+        train(task, config, broken)
+    assert train(make_task(config), config, broken) == 0
+    assert record(broken) == record(whole)
+    last = [line for line in record(whole) if line["kind"] == "evaluate"][-1]
+    assert last["seen_share"] > 0.5
+    assert {"offline_mel_l1", "streamed_mel_l1", "streamed_difference", "offline_ratio", "streamed_ratio"} <= set(last)
+    assert sum(name.startswith("loss_time_") for name in last) >= 2
+
+
+def test_it_learns(places):
+    config = config_of(places, "data.num_buckets=1", "optimizer.learning_rate=0.02", "num_steps=30")
+    got = first_steps(config, MeshConfig(), 1, 30)
+    losses = [loss for loss, _ in got]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("data.speech_tokens=",), "data.speech_tokens is not set"),
+        (("model.num_speech_tokens=9",), "has tokens up to 26"),
+        (("model.num_mels=40",), "the features have 80 bins"),
+        (("lora.rank=2",), "is for the language model"),
+    ],
+)
+def test_what_does_not_fit_is_refused(places, sets, message):
+    with pytest.raises(UserError, match=message):
+        make_task(config_of(places, *sets))

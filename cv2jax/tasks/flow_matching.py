@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.features import mel_features, speaker_number, stand_in_embedding
 from cv2jax.models.flow_matching.generate import generate, offline_mask, stream_mask
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params
+from cv2jax.nn.masks import ChunkMask, length_mask
 from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.parallel.sharding import platform, replicated
 from cv2jax.tasks.trained import load_params
@@ -64,15 +65,18 @@ class FlowMatchingTask:
 
     def init_state(self, key: jax.Array) -> TrainState:
         """The state at step 0, boxed with logical axes."""
-        return init_train_state(init_params(self.model_config, key), {}, self._optimizer)
+        return init_train_state(self.init_params(key), {}, self._optimizer)
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Fresh parameters, boxed with logical axes."""
+        return init_params(self.model_config, key)
 
     def warm_start(self, state: TrainState) -> TrainState:
         """The state at step 0 with the parameters of the run that `config.init_from` names."""
         if not self._config.init_from:
             return state
         mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        init = functools.partial(init_params, self.model_config)
-        params, _ = load_params(self._config.init_from, init, mesh, ema=True)
+        params, _ = load_params(self._config.init_from, self.init_params, mesh, ema=True)
         return restart(state, params, self._optimizer)
 
     def keep(self, workdir: pathlib.Path) -> None:
@@ -134,7 +138,7 @@ class FlowMatchingTask:
             key = jax.random.fold_in(jax.random.key(self._config.seed), batch["utterance"][0])
             draws = draw(c, key, ready["num_tokens"], ready["speech_tokens"].shape[1])
             _, error = flow_loss(model, params, ready, draws)
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(self._config.seed), row))(batch["utterance"])
+            keys = self._keys(batch)
             return {
                 **{name: ready[name] for name in ("speech_tokens", "num_tokens")},
                 **{"error": error, "time": draws.time, "mask_index": draws.mask_index, "truth": ready["mel"]},
@@ -155,6 +159,27 @@ class FlowMatchingTask:
             return score.metrics()
 
         return evaluate
+
+    def mel_distances(self, params: Any, mesh: Mesh, masks: Sequence[ChunkMask]) -> list[float]:
+        """Mean |difference| between the held-out utterances' log-mel and what is generated under each mask (tokens)."""
+        model, totals, count = FlowMatching(self.model_config), np.zeros(len(masks)), 0
+
+        @functools.partial(jax.jit, out_shardings=replicated(mesh))
+        def errors(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            ready = self.prepare(batch)
+            valid = length_mask(2 * ready["num_tokens"], ready["mel"].shape[1])[..., None]
+            made = [generate(model, params, ready, self._keys(batch), mask) for mask in masks]
+            sums = [jnp.sum(jnp.where(valid, jnp.abs(mel - ready["mel"]), 0)) for mel in made]
+            return jnp.stack(sums), jnp.sum(valid) * ready["mel"].shape[2]
+
+        for size, local in self._data.judged(mesh):
+            sums, num = to_host(errors(params, global_batch(mesh, local, size)))
+            totals, count = totals + sums, count + int(num)
+        return (totals / max(count, 1)).tolist()
+
+    def _keys(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """Of each held-out utterance, always the same."""
+        return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(self._config.seed), row))(batch["utterance"])
 
     def _token_means(self, mesh: Mesh) -> TokenMeans:
         """Of the first batches of training, each shown once."""

@@ -23,7 +23,7 @@ def spec(name: str) -> MaskSpec:
     return MaskSpec(kind="chunk", rows=(MASKS[name],))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["scanned", "unrolled"])
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.full)], ids=["scanned", "unrolled"])
 def golden(request):
     config = dataclasses.replace(GOLDEN_CONFIG, scan_layers=request.param)
     return FlowMatching(config), golden_params(config)

@@ -2,7 +2,9 @@
 
     cv2jax train flow_matching_tiny --corpus prepared/ --workdir runs/flow --set data.speech_tokens=tokens.jsonl
 
-Placeholder of ten words: the figures of a run on the embedded corpus come here.
+Not yet a good recipe: on the embedded corpus 1,000 steps bring the held-out loss from 3.7 to 0.95 and the distance of its mel
+from the speaker's to 1.08 of that of a constant mel a token, streamed and offline alike, and it still falls. It trains for
+the four masks of the paper; one step takes half a second or more on two CPU cores.
 """
 
 from cv2jax.config import DataConfig, OptimizerConfig, TrainConfig

@@ -197,7 +197,7 @@ def test_third_party_packages_stay_at_home() -> None:
         if package in HOMES and not inner.startswith(HOMES[package]):
             errors.append(f"{_where(path, line)}: {package} is imported only by {', '.join(HOMES[package])}")
         if package in ("torch", "tensorflow", "onnxruntime") and not inner.startswith(
-            ("convert/", "jobs/bench_lm_torch")
+            ("convert/", "jobs/bench_lm_torch", "jobs/bench_flow_torch")
         ):
             errors.append(f"{_where(path, line)}: {package} is no dependency of cv2jax")
     _assert_none(errors)

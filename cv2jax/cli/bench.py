@@ -1,4 +1,4 @@
-"""Measure speed and memory: prepare, encode, train, loader, lm-train, lm-decode, or all of them.
+"""Measure speed and memory: prepare, encode, train, loader, the language model, the flow, or all of them.
 
 Each part runs in its own process, on speech made up on the spot unless --manifest or --corpus name real speech. Medians
 over --repeats are printed as a Markdown table, and written as JSON to --out. Compilation and first batches are left out.
@@ -10,9 +10,12 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
             to the first batch of a synthetic index of N rows
   lm-train  tokens/s and share of the machine's matrix rate: loss and gradients of the language model, no optimizer
   lm-decode ms a speech token behind a prefilled prompt
+  flow-train    frames/s and memory: loss and gradients of the flow, no optimizer, tiny size (or --size official)
+  flow-offline  ms a call of the velocity network, x realtime of a whole solve
+  flow-stream   ms a hop after 5 s and after 60 s; an utterance in hops against solving all of it anew for each hop
 
-On a CPU the last two have official width, 4 layers and fp32, and race PyTorch on the same weights, repeats in turn
-(pip install 'cv2jax[official]'; --against '' goes without); elsewhere all 24 layers and bf16, ours alone.
+On a CPU lm-train and lm-decode have official width, 4 layers and fp32. They and flow-offline race PyTorch there on the same
+weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone.
 
   cv2jax bench all --out bench.json
   cv2jax bench loader --utterances 100000000
@@ -22,13 +25,15 @@ from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|all} [flags]"
+USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|all} [flags]"
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """Declares this verb's flags."""
     define = absl_flags
-    define.DEFINE_string("size", "", "tiny or official; by default encode takes both, train tiny.", flag_values=flags)
+    define.DEFINE_string(
+        "size", "", "tiny or official; by default encode takes both, lm-… official, others tiny.", flag_values=flags
+    )
     define.DEFINE_float("seconds", 0.0, "Speech in a measurement; 0 chooses.", flag_values=flags)
     define.DEFINE_integer("repeats", 3, "Measurements of each figure.", flag_values=flags)
     define.DEFINE_integer("utterances", 0, "Rows of a synthetic index that loader also plans.", flag_values=flags)
@@ -37,7 +42,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "corpus", "", "Prepared corpus for train and loader, instead of a made-up one.", flag_values=flags
     )
     define.DEFINE_string(
-        "against", "torch", "Whom lm-train and lm-decode race on a CPU: torch, or '' for nobody.", flag_values=flags
+        "against", "torch", "Whom lm-… and flow-offline race on a CPU: torch, or '' for nobody.", flag_values=flags
     )
     define.DEFINE_string("out", None, "File for the JSON report.", flag_values=flags)
 

@@ -1,7 +1,7 @@
 """`cv2jax bench`: how fast each part is here, as a Markdown table and JSON; each part runs in a process of its own.
 
-This file starts the processes and needs no jax; what they do is in `bench_parts.py`. One process a part, so that its peak
-memory is its own, and a compilation or an allocator of one part does not disturb the next.
+This file starts the processes and needs no jax; what they do is in `bench_parts.py` and `bench_flow.py`. One process a
+part, so that its peak memory is its own, and a compilation or an allocator of one part does not disturb the next.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ import cv2jax
 from cv2jax.config import UserError
 from cv2jax.jobs.bench_options import SIZES, BenchOptions, Measurement
 
-BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode")
+FLOW_BENCHES = ("flow-train", "flow-offline", "flow-stream")
+BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES)
+_RACES = ("lm-train", "lm-decode", "flow-offline")  # against PyTorch
 
 
 def bench(what: str, options: BenchOptions, out: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def bench(what: str, options: BenchOptions, out: str | os.PathLike[str] | None =
     options.validate()
     if what != "all" and what not in BENCHES:
         raise UserError(f"'{what}' is no benchmark; choose one of {', '.join((*BENCHES, 'all'))}")
-    if what.startswith("lm-") and options.against and importlib.util.find_spec("torch") is None:
+    if what in _RACES and options.against and importlib.util.find_spec("torch") is None:
         mend = "pip install 'cv2jax[official]', or measure ours alone with --against ''"
         raise UserError(f"bench {what}: PyTorch, to compare with, is not installed: {mend}")
     if out is not None:
@@ -111,7 +113,7 @@ def _run_part(part: str, options: BenchOptions, place: pathlib.Path) -> dict[str
     command = [
         sys.executable,
         "-m",
-        "cv2jax.jobs.bench_parts",
+        "cv2jax.jobs.bench_flow" if part in FLOW_BENCHES else "cv2jax.jobs.bench_parts",
         part,
         json.dumps(dataclasses.asdict(options)),
         str(place),

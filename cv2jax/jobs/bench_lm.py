@@ -85,7 +85,7 @@ def measure_lm_train(options: BenchOptions, place: pathlib.Path) -> list[Figure]
         runs["official"] = lambda: theirs.train_step(batch, text_head=True)
         runs["bare backbone"] = lambda: theirs.train_step(batch, text_head=False)
     _require_equal("losses", [run() for run in runs.values()])
-    seconds = _race(runs, options.repeats)
+    seconds = race(runs, options.repeats)
     rate = _matrix_rate(work.matrix_size, work.config.backbone.dtype, options.repeats)
     flops = training_flops(work, batch["positions"])
     case = f"{work.describe()}, {work.num_rows} x {batch['token'].shape[1]}, no optimizer"
@@ -97,7 +97,7 @@ def measure_lm_train(options: BenchOptions, place: pathlib.Path) -> list[Figure]
             [100 * flops / s / rate for s in seconds["ours"]],
         ),
     ]
-    return figures + _compared(case, "s a step", seconds)
+    return figures + compared(case, "s a step", seconds)
 
 
 def measure_lm_decode(options: BenchOptions, place: pathlib.Path) -> list[Figure]:
@@ -116,10 +116,10 @@ def measure_lm_decode(options: BenchOptions, place: pathlib.Path) -> list[Figure
         for logits in first[1:]:
             _require_equal("logits behind the prompt", [first[0], logits])
         # Each run reports its own seconds: the prompt is left out.
-        times = _race(runs, options.repeats, clock=lambda run: run()[0])
+        times = race(runs, options.repeats, clock=lambda run: run()[0])
         each = {name: [1e3 * s / work.num_tokens for s in values] for name, values in times.items()}
         case = f"{work.describe()}, batch {batch_size}, {work.num_prompt} + {work.num_tokens} tokens"
-        figures += _compared(case, "ms a token", each)
+        figures += compared(case, "ms a token", each)
     return figures
 
 
@@ -210,7 +210,7 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _race(
+def race(
     runs: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[Callable[[], Any]], float] = _seconds
 ) -> dict[str, list[float]]:
     """Seconds of every run, one of each in turn; each has run before."""
@@ -221,7 +221,7 @@ def _race(
     return seconds
 
 
-def _compared(case: str, unit: str, values: Mapping[str, list[float]]) -> list[Figure]:
+def compared(case: str, unit: str, values: Mapping[str, list[float]]) -> list[Figure]:
     """A figure a side, and how many times as fast as the others ours is."""
     figures = [(f"{case}: {name}", unit, list(each)) for name, each in values.items()]
     for name, each in values.items():

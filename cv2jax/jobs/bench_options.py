@@ -14,13 +14,13 @@ SIDES = ("", "torch")  # what `against` may be
 class BenchOptions:
     """What to measure; 0 and "" mean what each part chooses by its size."""
 
-    size: str = ""  # tiny or official; "" is both for encode, tiny for train, official for lm-train and lm-decode
+    size: str = ""  # tiny or official; "" is both for encode, official for lm-…, tiny for the others
     seconds: float = 0.0  # of speech in a measurement
     repeats: int = 3
     utterances: int = 0  # rows of the synthetic index that `loader` also plans
     manifest: str = ""  # prepare this instead of made-up speech
     corpus: str = ""  # train on and load this prepared corpus instead of a made-up one
-    against: str = "torch"  # whom lm-train and lm-decode race on a CPU; "": nobody
+    against: str = "torch"  # whom lm-train, lm-decode and flow-offline race on a CPU; "": nobody
 
     def validate(self) -> None:
         """Raises UserError for what cannot be measured."""

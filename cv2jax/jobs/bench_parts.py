@@ -53,7 +53,7 @@ def measure(part: str, options: BenchOptions, place: pathlib.Path) -> list[Measu
         return measure_encode(options, size)
     if name in ("lm-train", "lm-decode"):
         figures = {"lm-train": measure_lm_train, "lm-decode": measure_lm_decode}[name](options, place)
-        return [_figure(name, *figure) for figure in figures]
+        return [make_measurement(name, *figure) for figure in figures]
     parts: dict[str, Callable[[BenchOptions, pathlib.Path], list[Measurement]]] = {
         "corpus": make_corpus,
         "prepare": measure_prepare,
@@ -72,8 +72,8 @@ def measure_prepare(options: BenchOptions, place: pathlib.Path) -> list[Measurem
     case = f"{runs[0].speech_seconds:.0f} s of speech, {workers} workers, memory of the largest"
     speeds = [run.speech_seconds / run.wall_seconds for run in runs]
     return [
-        _figure("prepare", f"{case}, per core", "x realtime", [speed / workers for speed in speeds], memory),
-        _figure("prepare", case, "x realtime", speeds, memory),
+        make_measurement("prepare", f"{case}, per core", "x realtime", [speed / workers for speed in speeds], memory),
+        make_measurement("prepare", case, "x realtime", speeds, memory),
     ]
 
 
@@ -98,7 +98,7 @@ def measure_encode(options: BenchOptions, size: str) -> list[Measurement]:
             encoder(clips)
             values[dtype].append(num_clips * _CLIP_SECONDS / (time.perf_counter() - start))
     case = f"{size} ({count / 1e6:.1f} M parameters), batch of {num_clips} x {_CLIP_SECONDS:g} s"
-    return [_figure("encode", f"{case}, {dtype}", "x realtime", values[dtype]) for dtype in encoders]
+    return [make_measurement("encode", f"{case}, {dtype}", "x realtime", values[dtype]) for dtype in encoders]
 
 
 def measure_train(options: BenchOptions, place: pathlib.Path) -> list[Measurement]:
@@ -131,7 +131,7 @@ def measure_train(options: BenchOptions, place: pathlib.Path) -> list[Measuremen
             begin, utterances, samples = time.perf_counter(), 0, 0
     dtype, count = task.model_config.dtype, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     case = f"{config.name} ({count / 1e6:.2f} M parameters), {config.data.batch_seconds:g} s a batch, {dtype}"
-    return [_figure("train", case, unit, values) for unit, values in figures.items()]
+    return [make_measurement("train", case, unit, values) for unit, values in figures.items()]
 
 
 def measure_loader(options: BenchOptions, place: pathlib.Path) -> list[Measurement]:
@@ -166,7 +166,7 @@ def measure_loader(options: BenchOptions, place: pathlib.Path) -> list[Measureme
     where = {workers: f"{workers} worker processes, memory of the largest" for workers in _WORKERS}
     where[0] = "2 threads of the main process"
     unit = "utterances/s per worker"
-    return [_figure("loader", where[w], unit, values[w], max(memory[w])) for w in _WORKERS]
+    return [make_measurement("loader", where[w], unit, values[w], max(memory[w])) for w in _WORKERS]
 
 
 def measure_index(options: BenchOptions, place: pathlib.Path) -> list[Measurement]:
@@ -175,9 +175,9 @@ def measure_index(options: BenchOptions, place: pathlib.Path) -> list[Measuremen
     case = f"synthetic index of {options.utterances:,} utterances"
     memory = report.peak_resident_mb
     return [
-        _figure("loader", f"{case}: first batch, plan included", "s", [report.first_batch_seconds], memory),
-        _figure("loader", f"{case}: plan", "s", [report.plan_seconds], memory),
-        _figure("loader", f"{case}: peak resident", "MB", [memory], memory),
+        make_measurement("loader", f"{case}: first batch, plan included", "s", [report.first_batch_seconds], memory),
+        make_measurement("loader", f"{case}: plan", "s", [report.plan_seconds], memory),
+        make_measurement("loader", f"{case}: peak resident", "MB", [memory], memory),
     ]
 
 
@@ -242,7 +242,7 @@ def _prepare(manifest: str | pathlib.Path, out: pathlib.Path) -> _Prepared:
     )
 
 
-def _figure(bench: str, case: str, unit: str, values: list[float], memory: float | None = None) -> Measurement:
+def make_measurement(bench: str, case: str, unit: str, values: list[float], memory: float | None = None) -> Measurement:
     """A measurement with this process's peak memory (unless `memory` says another's) and the device's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     device = stats.get("peak_bytes_in_use")
@@ -286,7 +286,8 @@ class _ChildrenPeak:
             self.peak_mb = max([self.peak_mb, *peaks])
 
 
-def _machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
+    """Devices and versions, for the report."""
     devices = jax.devices()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -305,7 +306,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"bench {part}: {error}", file=sys.stderr)
         return 2
-    result = {"machine": _machine(), "measurements": [dataclasses.asdict(m) for m in measurements]}
+    result = {"machine": describe_machine(), "measurements": [dataclasses.asdict(m) for m in measurements]}
     temporary = place / "result.tmp"
     temporary.write_text(json.dumps(result), encoding="utf-8")
     os.replace(temporary, place / "result.json")

@@ -182,10 +182,10 @@ class FeedForward(nn.Module):
 
         h = Linear((self.width, self.hidden_dim), ("embed", "mlp"), dtype=self.dtype, name="up")(x)
         h = constrain(gelu(h), "batch", "length", "act_mlp")
-        scale = self.out_scale
-        return Linear((self.hidden_dim, self.width), ("mlp", "embed"), dtype=self.dtype, init_scale=scale, name="down")(
-            h
+        down = Linear(
+            (self.hidden_dim, self.width), ("mlp", "embed"), dtype=self.dtype, init_scale=self.out_scale, name="down"
         )
+        return down(h)
 
 
 class GatedFeedForward(nn.Module):

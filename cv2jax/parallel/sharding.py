@@ -62,6 +62,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def computation_dtype(choice: str) -> str:
+    """`choice`, or for "auto" what suits the default device: float32 on a CPU, else bfloat16."""
+    if choice != "auto":
+        return choice
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def map_local(
     function: Callable[..., jax.Array],
     args: Sequence[jax.Array],

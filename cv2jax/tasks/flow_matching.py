@@ -16,14 +16,15 @@ from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.flow import FlowScore, TokenMeans
-from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.features import mel_features, speaker_number, stand_in_embedding
 from cv2jax.models.flow_matching.generate import generate, offline_mask, stream_mask
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params
 from cv2jax.nn.masks import ChunkMask, length_mask
+from cv2jax.nn.splash import TILE
 from cv2jax.parallel.distributed import global_batch, to_host
-from cv2jax.parallel.sharding import platform, replicated
+from cv2jax.parallel.sharding import computation_dtype, platform, replicated
 from cv2jax.tasks.trained import load_params
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
@@ -83,9 +84,13 @@ class FlowMatchingTask:
         """Nothing: `run.json` and the checkpoint are all that synthesis needs."""
         del workdir
 
-    def prepare(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What the model reads, made on the device: `speech_tokens`, `num_tokens`, `mel`, `speaker_embedding`."""
+    def prepare(self, batch: dict[str, jax.Array], multiple: int = 1) -> dict[str, jax.Array]:
+        """What the model reads, made on the device: `speech_tokens`, `num_tokens`, `mel`, `speaker_embedding`.
+
+        Rows are padded to a multiple of so many tokens.
+        """
         tokens = batch["speech_tokens"]
+        tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))
         num_speech = jnp.where(batch["row_mask"], batch["num_speech_tokens"], 0)
         arguments = (batch["waveform"], batch["num_samples"], num_speech, self._data.rate_hz, tokens.shape[1])
         mel, num_tokens = mel_features(*arguments)
@@ -99,11 +104,11 @@ class FlowMatchingTask:
         model = FlowMatching(c, impl=c.attention)
 
         def loss(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-            ready = self.prepare(batch)
-            draw_key, dropout_key = jax.random.split(key)
-            num_slots = ready["speech_tokens"].shape[1]
             uses_kernel = c.attention == "splash" or (c.attention == "auto" and platform() == "tpu")
             is_static = uses_kernel and c.mask_per == "utterance"
+            ready = self.prepare(batch, TILE // FRAMES_PER_TOKEN if is_static else 1)
+            draw_key, dropout_key = jax.random.split(key)
+            num_slots = ready["speech_tokens"].shape[1]
             draws = draw(c, draw_key, ready["num_tokens"], num_slots, static_masks=is_static)
             value, error = flow_loss(model, params, ready, draws, dropout_key if c.encoder.dropout else None)
             row_finite = jnp.all(jnp.isfinite(error), axis=1)
@@ -184,10 +189,8 @@ class FlowMatchingTask:
     def _token_means(self, mesh: Mesh) -> TokenMeans:
         """Of the first batches of training, each shown once."""
         c, plan = self.model_config, self._data.plan
-        means, ready = (
-            TokenMeans(c.num_speech_tokens, c.num_mels),
-            jax.jit(self.prepare, out_shardings=replicated(mesh)),
-        )
+        means = TokenMeans(c.num_speech_tokens, c.num_mels)
+        ready = jax.jit(self.prepare, out_shardings=replicated(mesh))
         for _, size, local in self._data.training(0, min(plan.num_batches, BASELINE_BATCHES), mesh):
             shown = to_host(ready(global_batch(mesh, local, size)))
             means.add(shown["speech_tokens"], shown["num_tokens"], shown["mel"])
@@ -207,10 +210,7 @@ def _fit(config: TrainConfig, data: CorpusBatches) -> FlowMatchingConfig:
             f"data.speech_tokens={config.data.speech_tokens}: has tokens up to {tokens.num_codes - 1}, and"
             f" model.num_speech_tokens={model.num_speech_tokens}; set that to the size of the tokenizer's codebook"
         )
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    fitted = dataclasses.replace(model, dtype=dtype)
+    fitted = dataclasses.replace(model, dtype=computation_dtype(config.compute_dtype))
     for part in (fitted, fitted.encoder, fitted.estimator):
         part.validate()
     return fitted

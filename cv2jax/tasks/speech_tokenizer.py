@@ -24,6 +24,7 @@ from cv2jax.models.speech_tokenizer.features import speech_features
 from cv2jax.models.speech_tokenizer.loss import tokenizer_loss
 from cv2jax.models.speech_tokenizer.model import SpeechTokenizer, SpeechTokenizerOutput, init_model_state, init_params
 from cv2jax.parallel.distributed import global_batch, to_host
+from cv2jax.parallel.sharding import computation_dtype
 from cv2jax.tasks.trained import load_params
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.train.optimizer import make_optimizer
@@ -57,14 +58,11 @@ class SpeechTokenizerTask:
         unknown = set(data.held_out.characters) - set(self.vocabulary.characters)
         if unknown:
             logging.warning("characters of split %s that training never shows: %s", data.held_out.name, sorted(unknown))
-        dtype = config.compute_dtype
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self.model_config: SpeechTokenizerConfig = dataclasses.replace(
             config.model,
             vocabulary_size=self.vocabulary.size,
             max_text_tokens=max(config.model.max_text_tokens, data.max_text),
-            dtype=dtype,
+            dtype=computation_dtype(config.compute_dtype),
         )
         self.model_config.validate()
         self._init_from = config.init_from

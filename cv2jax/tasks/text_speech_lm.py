@@ -22,6 +22,7 @@ from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.models.text_speech_lm.sequence import build_mixed_row, row_length
 from cv2jax.nn.splash import TILE
 from cv2jax.parallel.distributed import global_batch, to_host
+from cv2jax.parallel.sharding import computation_dtype
 from cv2jax.tasks.free_run import FreeRun
 from cv2jax.tasks.warm_start import load_initial
 from cv2jax.train.lora import add_lora, effective_params, trained_by
@@ -161,9 +162,7 @@ def _fit_to_corpus(config: TrainConfig, data: TokenBatches) -> TextSpeechLmConfi
     rows = config.data.row_length
     if model.attention == "splash" and rows % TILE:
         raise UserError(f"model.attention=splash: data.row_length={rows} must be a multiple of {TILE}; or set auto")
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = computation_dtype(config.compute_dtype)
     if model.attention == "cudnn" and (jax.default_backend() != "gpu" or dtype != "bfloat16"):
         raise UserError(
             f"model.attention=cudnn: needs a GPU and bfloat16, not {jax.default_backend()} and {dtype}; set auto"

@@ -12,6 +12,7 @@ import pytest
 
 from tests.multihost.pod import finish, start
 from tests.small_corpus import SMALL_RUN, make_small_corpus
+from tests.small_flow_run import SMALL_FLOW, make_small_flow_corpus, tokens_of
 from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
 
 pytestmark = pytest.mark.multihost
@@ -102,3 +103,23 @@ def test_the_packed_language_model_is_the_same_run_on_more_processes(tmp_path):
         np.testing.assert_allclose(lines(workdir, "evaluate")[0]["nll"], held_out["nll"], rtol=1e-4)
     # What is said freely is also decoded by both processes together.
     assert {key for key in lines(pod, "evaluate")[0] if key.startswith("streamed_")} >= {"streamed_length_error"}
+
+
+def test_the_flow_is_the_same_run_on_more_processes(tmp_path):
+    corpus = make_small_flow_corpus(tmp_path / "corpus")
+    small = [*SMALL_FLOW, f"data.speech_tokens={tokens_of(corpus)}", "log_every=1", "evaluate_every=3", "save_every=3"]
+    preset = {"preset": "flow_matching_tiny", "small": small}
+    alone, pod, resumed = (tmp_path / name for name in ("alone", "pod", "resumed"))
+    run(corpus, alone, 1, 4, "num_steps=6", **preset)
+    run(corpus, pod, 2, 2, "num_steps=6", "mesh.fsdp=4", **preset)
+    shutil.copytree(pod, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    run(corpus, resumed, 1, 1, "num_steps=6", **preset)
+    theirs, held_out = lines(alone), lines(alone, "evaluate")
+    for workdir in (pod, resumed):
+        ours = lines(workdir)
+        assert [x["batch_hash"] for x in ours] == [x["batch_hash"] for x in theirs]
+        np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
+        for name in ("loss", "streamed_mel_l1", "constant_mel_l1"):
+            got, want = ([x[name] for x in found] for found in (lines(workdir, "evaluate"), held_out))
+            np.testing.assert_allclose(got, want, rtol=1e-3)

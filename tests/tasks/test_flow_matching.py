@@ -6,64 +6,29 @@ import numpy as np
 import pytest
 
 from cv2jax.config import MeshConfig, UserError, load_config, override
-from cv2jax.data.shards import Corpus
-from cv2jax.data.tokens import TokenWriter
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
 from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
-from cv2jax.tasks import make_task
+from cv2jax.tasks import flow_matching, make_task
 from cv2jax.train.loop import train
 from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
 from tests.models.golden_flow import random_params, small_config
-from tests.run_record import record
-from tests.small_corpus import make_small_corpus
+from tests.run_record import Killed, record, stopping_at
+from tests.small_flow_run import SMALL_FLOW, make_small_flow_corpus, tokens_of
 
-NUM_CODES = 27
-SMALL = (
-    f"model.num_speech_tokens={NUM_CODES}",
-    "model.speaker_dim=8",
-    "model.encoder.width=16",
-    "model.encoder.num_heads=2",
-    "model.encoder.mlp_dim=16",
-    "model.encoder.num_layers=1",
-    "model.encoder.num_upsampled_layers=1",
-    "model.encoder.dropout=0.1",
-    "model.estimator.width=16",
-    "model.estimator.num_blocks=1",
-    "model.estimator.num_mid_stages=1",
-    "model.estimator.num_heads=2",
-    "model.estimator.head_dim=8",
-    "model.num_steps=2",
-    "data.batch_seconds=8",
-    "optimizer.warmup_steps=2",
-    "num_steps=6",
-    "log_every=1",
-    "evaluate_every=3",
-    "save_every=3",
-    "evaluate_utterances=4",
-)
+SMALL = (*SMALL_FLOW, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("flow")
-    corpus = Corpus(make_small_corpus(root / "corpus"))
-    rng = np.random.default_rng(0)
-    with TokenWriter(root / "tokens.jsonl", {"tokenizer": "abc", "num_codes": NUM_CODES}) as writer:
-        for split in (corpus.split("train"), corpus.split("test")):
-            for row in range(len(split)):
-                found = split.read(row)
-                count = -(-len(found.waveform) // 640)
-                tokens = rng.integers(0, NUM_CODES, count).astype(np.int32)
-                writer.write(found.id, "a.wav", tokens, num_frames=count, seconds=count / 25)
-    return root
+def corpus(tmp_path_factory):
+    return make_small_flow_corpus(tmp_path_factory.mktemp("flow") / "corpus")
 
 
-def config_of(places, *sets):
-    given = (f"data.corpus={places / 'corpus'}", f"data.speech_tokens={places / 'tokens.jsonl'}")
+def config_of(corpus, *sets):
+    given = (f"data.corpus={corpus}", f"data.speech_tokens={tokens_of(corpus)}")
     return override(load_config("flow_matching_tiny"), [*given, *SMALL, *sets])
 
 
@@ -80,18 +45,27 @@ def first_steps(config, mesh_config, num_devices, num_steps=2):
     return got
 
 
-def test_the_loss_is_the_same_on_every_mesh(places):
-    config = config_of(places, "data.num_buckets=1")
+def test_the_loss_is_the_same_on_every_mesh(corpus):
+    config = config_of(corpus, "data.num_buckets=1")
     want = first_steps(config, MeshConfig(), 1)
     got = first_steps(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
     assert [h for _, h in got] == [h for _, h in want]
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-4)
 
 
-def test_scan_and_remat_change_nothing(places):
-    config = config_of(places, "data.num_buckets=1", "model.encoder.dropout=0.0")
+def test_remat_changes_nothing(corpus):
+    config = config_of(corpus, "data.num_buckets=1", "model.encoder.dropout=0.0")
     want = first_steps(config, MeshConfig(), 1)
     got = first_steps(override(config, ["model.remat=full"]), MeshConfig(), 1)
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5)
+
+
+@pytest.mark.full
+def test_rows_fit_the_kernel_and_its_loss_is_that_of_the_plain_path(corpus, monkeypatch):
+    config = config_of(corpus, "data.num_buckets=1", "model.attention=splash", "model.encoder.dropout=0.0")
+    got = first_steps(config, MeshConfig(), 1)
+    monkeypatch.setattr(flow_matching, "FlowMatching", lambda config, impl="xla": FlowMatching(config))
+    want = first_steps(config, MeshConfig(), 1)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5)
 
 
@@ -122,26 +96,12 @@ def test_padding_and_batch_mates_change_no_row():
     np.testing.assert_allclose(run(alone)[1][0], error[0], atol=1e-5)
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(places, tmp_path):
-    config = config_of(places, "data.num_buckets=1")
+def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(corpus, tmp_path):
+    config = config_of(corpus, "data.num_buckets=1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(make_task(config), config, whole) == 0
-    task = make_task(config)
-    batches = task.batches
-
-    def until(*arguments):
-        for step, size, local in batches(*arguments):
-            if step == 4:
-                raise Killed
-            yield step, size, local
-
-    task.batches = until
     with pytest.raises(Killed):
-        train(task, config, broken)
+        train(stopping_at(make_task(config), 4), config, broken)
     assert train(make_task(config), config, broken) == 0
     assert record(broken) == record(whole)
     last = [line for line in record(whole) if line["kind"] == "evaluate"][-1]
@@ -150,8 +110,8 @@ def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(places, tmp_
     assert sum(name.startswith("loss_time_") for name in last) >= 2
 
 
-def test_it_learns(places):
-    config = config_of(places, "data.num_buckets=1", "optimizer.learning_rate=0.02", "num_steps=30")
+def test_it_learns(corpus):
+    config = config_of(corpus, "data.num_buckets=1", "optimizer.learning_rate=0.02", "num_steps=30")
     got = first_steps(config, MeshConfig(), 1, 30)
     losses = [loss for loss, _ in got]
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
@@ -166,6 +126,6 @@ def test_it_learns(places):
         (("lora.rank=2",), "is for the language model"),
     ],
 )
-def test_what_does_not_fit_is_refused(places, sets, message):
+def test_what_does_not_fit_is_refused(corpus, sets, message):
     with pytest.raises(UserError, match=message):
-        make_task(config_of(places, *sets))
+        make_task(config_of(corpus, *sets))

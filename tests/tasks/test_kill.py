@@ -18,6 +18,7 @@ from cv2jax.tasks import make_task
 from cv2jax.train.checkpoint import Checkpoints
 from tests.run_record import record
 from tests.small_corpus import SMALL_RUN, make_small_corpus
+from tests.small_flow_run import SMALL_FLOW, make_small_flow_corpus, tokens_of
 from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
 
 pytestmark = pytest.mark.full
@@ -29,11 +30,17 @@ STAGES = {
         make_small_token_corpus,
         [*SMALL_LM, *COMMON, "model.speech_noise=0.2", "optimizer.ema_decay=0.9"],
     ),
+    "flow_matching_tiny": (make_small_flow_corpus, [*SMALL_FLOW, *COMMON, "optimizer.ema_decay=0.9"]),
 }
 
 
+def sets_of(preset, corpus):
+    """What makes the preset small, on this corpus."""
+    return [*STAGES[preset][1], *([f"data.speech_tokens={tokens_of(corpus)}"] if preset.startswith("flow") else [])]
+
+
 def command(preset, corpus, workdir):
-    flags = [f"--set={s}" for s in STAGES[preset][1]]
+    flags = [f"--set={s}" for s in sets_of(preset, corpus)]
     return [
         sys.executable,
         "-m",
@@ -52,7 +59,7 @@ def environment():
 
 
 def final_state(preset, corpus, workdir):
-    config = override(load_config(preset), [f"data.corpus={corpus}", *STAGES[preset][1]])
+    config = override(load_config(preset), [f"data.corpus={corpus}", *sets_of(preset, corpus)])
     abstract, _ = abstract_state(make_task(config).init_state, make_mesh(config.mesh, jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
         return checkpoints.load(abstract)

@@ -17,7 +17,7 @@ from cv2jax.tasks import make_task
 from cv2jax.train.loop import train
 from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
-from tests.run_record import record
+from tests.run_record import Killed, record, stopping_at
 from tests.small_corpus import SMALL_RUN, make_small_corpus
 
 SMALL = [*SMALL_RUN, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3"]
@@ -92,26 +92,6 @@ def test_a_run_evaluates_what_it_hears(unbroken):
     assert np.allclose(np.sum(last["digit_histogram"], axis=1), 1, atol=1e-3)
     assert [x[0] for x in last["examples"][:4]] == ["one", "two", "three", "four"]
     assert all(np.isfinite(x["loss"]) for x in record(unbroken) if x["kind"] == "train")
-
-
-class Killed(BaseException):
-    pass
-
-
-def stopping_at(task, at, on_step=None):
-    """The task whose run is killed before a step, or calls a function before each."""
-    batches = task.batches
-
-    def until(*arguments):
-        for step, size, local in batches(*arguments):
-            if step == at:
-                raise Killed
-            if on_step:
-                on_step(step)
-            yield step, size, local
-
-    task.batches = until
-    return task
 
 
 def test_the_real_model_resumes_bit_for_bit_and_compiles_nothing_after_the_first_step(corpus, unbroken, tmp_path):

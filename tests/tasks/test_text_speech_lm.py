@@ -29,7 +29,7 @@ from cv2jax.train.lora import LORA
 from cv2jax.train.state import TrainState, make_state
 from cv2jax.train.step import compile_steps
 from tests.models.small_tokenizer import make_variables, small
-from tests.run_record import record
+from tests.run_record import Killed, record, stopping_at
 from tests.small_token_corpus import NUM_CODES, SMALL_LM, make_small_token_corpus
 
 SMALL = [*SMALL_LM, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3", "evaluate_utterances=4"]
@@ -151,10 +151,6 @@ def test_what_is_said_is_heard_on_a_mesh_of_many_devices(tmp_path):
     assert load_text_tokenizer(tmp_path / "lm" / "text_tokenizer").hash == TokenCorpus(corpus).metadata.text_tokenizer
 
 
-class Killed(BaseException):
-    pass
-
-
 ADAPTED = ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")
 
 
@@ -163,18 +159,8 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     config = small_config(corpus, *sets)
     whole, broken = tmp_path / "whole" if sets else unbroken, tmp_path / "broken"
     assert train(make_task(config), config, whole) == 0
-    task = make_task(config)
-    batches = task.batches
-
-    def until(*arguments):
-        for step, size, local in batches(*arguments):
-            if step == 4:
-                raise Killed
-            yield step, size, local
-
-    task.batches = until
     with pytest.raises(Killed):
-        train(task, config, broken)
+        train(stopping_at(make_task(config), 4), config, broken)
     assert train(make_task(config), config, broken) == 0
     assert record(broken) == record(whole)
 

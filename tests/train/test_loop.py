@@ -17,11 +17,8 @@ from cv2jax.train.disk import full_disk_reported
 from cv2jax.train.loop import EXIT_PREEMPTED, train
 from cv2jax.train.metrics import TIME_FIELDS, read_metrics
 from cv2jax.train.stop import StopSignal
+from tests.run_record import Killed
 from tests.train.toy import SHAPES, ToyTask, toy_config
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing between it and the test catches it."""
 
 
 def run(workdir, config=None, **task):

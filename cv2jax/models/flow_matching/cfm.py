@@ -3,9 +3,12 @@
 Source: Matcha-TTS and `flow/flow_matching.py` (spec/official.md 4.3), paper 2.4.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 
 def time_grid(num_steps: int) -> Float[np.ndarray, " steps_and_one"]:
@@ -30,6 +33,31 @@ def velocity_error(predicted: Float[Array, "B F M"], wanted: Float[Array, "B F M
 def masked_mean(values: Float[Array, "B F"], mask: Bool[Array, "B F"]) -> Float[Array, ""]:
     """Mean of the values where mask is True; 0 over nothing."""
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def solve_euler(
+    velocity: Callable[
+        [Float[Array, "pairs F M"], Float[Array, " pairs"], PyTree], tuple[Float[Array, "pairs F M"], PyTree]
+    ],
+    start: Float[Array, "B F M"],
+    *,
+    num_steps: int,
+    guidance: float,
+    inputs: PyTree = None,
+) -> tuple[Float[Array, "B F M"], PyTree]:
+    """(where the frames end, what `velocity` hands out at each step, stacked): Euler's method on `time_grid`, one loop.
+
+    velocity(place, time, input) → (velocity, output) is asked for each row twice, the unconditioned rows behind the others.
+    inputs: one a step, stacked on axis 0.
+    """
+
+    def step(x: Array, now: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        times, given = now
+        both, output = velocity(jnp.concatenate([x, x]), jnp.full((2 * x.shape[0],), times[0]), given)
+        return x + (times[1] - times[0]) * guided(both, guidance), output
+
+    grid = time_grid(num_steps)
+    return jax.lax.scan(step, start, (jnp.stack([grid[:-1], grid[1:]], axis=1), inputs))
 
 
 def with_unconditioned(condition: Float[Array, "B ..."]) -> Float[Array, "pairs ..."]:

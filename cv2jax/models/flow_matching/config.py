@@ -70,6 +70,9 @@ class FlowMatchingConfig:
     mask_prompts: tuple[int, ...] = (0, 0, 0, 0)
     mask_per: Literal["utterance", "batch"] = "utterance"
     loss: Literal["l1", "mse"] = "l1"  # of the paper, of the official code
+    # Of the distance between the encoder's output and the mel, beside the loss: Matcha-TTS's prior loss without its noise.
+    # The encoder then learns the mean mel in a few hundred steps. 0: none, as official.
+    prior_weight: float = 0.0
     sigma_min: float = 1e-6
     guidance: float = 0.7  # classifier-free: (1 + g) · conditioned − g · unconditioned
     condition_dropout: float = 0.2
@@ -87,8 +90,9 @@ class FlowMatchingConfig:
         for name in ("condition_dropout", "prompt_share", "no_prompt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: must lie in 0 … 1")
-        if self.guidance < 0:
-            raise UserError(f"model.guidance={self.guidance}: must not be negative")
+        for name in ("guidance", "prior_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name}={getattr(self, name)}: must not be negative")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat={self.remat}: choose one of {', '.join(REMAT_POLICIES)}")
         counts = {len(self.mask_chunks), len(self.mask_lefts), len(self.mask_prompts)}

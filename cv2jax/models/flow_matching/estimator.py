@@ -193,7 +193,6 @@ class Estimator(nn.Module):
         cache: KeyValueCache | None = None,
         first_layer: Int[Array, ""] | int = 0,
         num_frames: Int[Array, " B"] | None = None,
-        deterministic: bool = True,
     ) -> tuple[Float[Array, "B F M"], EstimatorTails | None, KeysValues | None]:
         """(velocity in fp32, and of a step its tails and the keys and values [layers B H F C] of its frames).
 
@@ -213,7 +212,7 @@ class Estimator(nn.Module):
         t: Any = none if tails is None else tails
         fields, conv = {"config": c, "impl": self.impl}, lambda name: _conv(e.width, dtype, name)
         parts: dict[str, Any] = {}
-        h, parts["down"] = self._stage("down")(h, state(t.down, 0), deterministic, context)
+        h, parts["down"] = self._stage("down")(h, state(t.down, 0), True, context)
         skip = h
         h, down_conv = conv("down_conv")(h, t.down_conv), context.next_tail(t.down_conv, h)
         layers = e.num_blocks * (1 + jnp.arange(e.num_mid_stages))
@@ -225,13 +224,11 @@ class Estimator(nn.Module):
             state(t.mid, layers),
             context,
             num_layers=e.num_mid_stages,
-            deterministic=deterministic,
+            deterministic=True,
             **options,
         )
         h = jnp.concatenate([h, skip], axis=-1)
-        h, parts["up"] = self._stage("up")(
-            h, state(t.up, e.num_blocks * (1 + e.num_mid_stages)), deterministic, context
-        )
+        h, parts["up"] = self._stage("up")(h, state(t.up, e.num_blocks * (1 + e.num_mid_stages)), True, context)
         h, up_conv = conv("up_conv")(h, t.up_conv), context.next_tail(t.up_conv, h)
         final = context.next_tail(t.final, h)
         h = ConvBlock(e.width, dtype, name="final")(h, t.final)

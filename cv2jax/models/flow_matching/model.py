@@ -1,6 +1,6 @@
 """The flow-matching model: its parts, its loss on given draws, and the solve of whole sequences.
 
-`stream.py` solves the same in hops. Mel is log-mel [B F M] at 50 Hz, F = 2·L frames for L speech tokens; prompts stand in
+`step.py` solves the same in hops. Mel is log-mel [B F M] at 50 Hz, F = 2·L frames for L speech tokens; prompts stand in
 front, and everything counts from their start.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from cv2jax.models.flow_matching.cfm import guided, masked_mean, on_path, time_grid, velocity_error, with_unconditioned
+from cv2jax.models.flow_matching.cfm import masked_mean, on_path, solve_euler, velocity_error, with_unconditioned
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.flow_matching.draws import FlowDraws
 from cv2jax.models.flow_matching.encoder import FlowEncoder
@@ -78,6 +78,8 @@ def flow_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B F"]]:
     """(loss, error [B F] of every frame): of the velocity at a place on the path from noise to mel (paper eq. 8).
 
+    With `prior_weight` the loss also asks the encoder alone for the mel; the error does not.
+
     Args:
       batch: `speech_tokens` [B L], `num_tokens` [B], `mel` [B F M], `speaker_embedding` [B E]. What lies behind
         `num_tokens`, or 2·`num_tokens` frames, changes nothing.
@@ -89,7 +91,7 @@ def flow_loss(
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     masks = padded_masks(draws.mask, num_tokens, batch["speech_tokens"].shape[1])
 
-    def apply(module: FlowMatching) -> tuple[Array, Array]:
+    def apply(module: FlowMatching) -> tuple[Array, Array, Array]:
         mu, speaker = _conditions(module, batch, num_tokens, masks, deterministic=dropout_key is None)
         is_prompt = jnp.arange(mel.shape[1]) < draws.num_prompt[:, None]
         keep = draws.is_conditioned
@@ -102,11 +104,14 @@ def flow_loss(
             jnp.where((is_prompt & keep[:, None])[..., None], mel, 0),
             masks[1],
         )
-        return velocity, wanted
+        return mu, velocity, wanted
 
-    velocity, wanted = nn.apply(apply, model)({"params": params}, rngs=rngs)
+    mu, velocity, wanted = nn.apply(apply, model)({"params": params}, rngs=rngs)
     error = velocity_error(velocity, wanted, c.loss)
-    return masked_mean(error, frame_mask), error
+    loss = masked_mean(error, frame_mask)
+    if c.prior_weight:
+        loss = loss + c.prior_weight * masked_mean(velocity_error(mu, mel, c.loss), frame_mask)
+    return loss, error
 
 
 def padded_masks(mask: MaskSpec, num_tokens: Int[Array, " B"], length: int) -> tuple[MaskSpec, MaskSpec]:
@@ -156,20 +161,16 @@ def solve(
     c, num_tokens = model.config, batch["num_tokens"]
     masks = padded_masks(mask, num_tokens, batch["speech_tokens"].shape[1])
     frame_mask = length_mask(num_tokens * FRAMES_PER_TOKEN, noise.shape[1])[..., None]
-    twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
-
     mu, speaker = nn.apply(lambda module: _conditions(module, batch, num_tokens, masks, deterministic=True), model)(
         {"params": params}
     )
     conditions = [with_unconditioned(x) for x in (mu, speaker, batch["prompt_mel"])]
-    pair_mask = jax.tree.map(twice, masks[1])
+    pair_mask = jax.tree.map(lambda x: jnp.concatenate([x, x]), masks[1])
 
-    def step(x: Array, times: Array) -> tuple[Array, None]:
-        time = jnp.full((2 * x.shape[0],), times[0])
-        applied: Any = model.apply({"params": params}, twice(x), time, *conditions, pair_mask, method="velocity")
-        velocity = applied[0]
-        return x + (times[1] - times[0]) * guided(velocity, c.guidance), None
+    def velocity(x: Array, time: Array, _: None) -> tuple[Array, None]:
+        applied: Any = model.apply({"params": params}, x, time, *conditions, pair_mask, method="velocity")
+        return applied[0], None
 
-    grid = time_grid(c.num_steps)
-    mel, _ = jax.lax.scan(step, jnp.where(frame_mask, noise, 0), jnp.stack([grid[:-1], grid[1:]], axis=1))
+    start = jnp.where(frame_mask, noise, 0)
+    mel, _ = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance)
     return jnp.where(frame_mask, mel, 0)

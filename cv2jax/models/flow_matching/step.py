@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from cv2jax.models.flow_matching.cfm import guided, time_grid, with_unconditioned
+from cv2jax.models.flow_matching.cfm import solve_euler, with_unconditioned
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.flow_matching.encoder import EncoderState, StepPlaces, init_encoder_state
 from cv2jax.models.flow_matching.estimator import EstimatorTails, init_tails, num_attention_layers
 from cv2jax.models.flow_matching.model import FlowMatching
 from cv2jax.nn.cache import EMPTY, KeyValueCache, append, grow, init_cache
-from cv2jax.nn.masks import NO_LEFT, chunk_array
+from cv2jax.nn.masks import NO_LEFT, MaskSpec, chunk_array
 
 
 @typing.no_type_check  # a pytree node also holds shapes or shardings, which are no arrays
@@ -110,19 +110,14 @@ def step(model: FlowMatching, params: PyTree, state: FlowState, hop: Hop) -> tup
     mask = pair(_mask(hop, FRAMES_PER_TOKEN, frames, _first_rows(state.cache)))
     options = {"cache": state.cache, "num_frames": pair(FRAMES_PER_TOKEN * num_tokens), "method": "velocity"}
 
-    def euler(x: Array, inputs: Any) -> tuple[Array, Any]:
-        times, first_layer, tails = inputs
-        time = jnp.full((2 * x.shape[0],), times[0])
-        velocity, tails, entries = apply(
-            pair(x), time, *conditions, mask, tails=tails, first_layer=first_layer, **options
-        )
-        return x + (times[1] - times[0]) * guided(velocity, c.guidance), (tails, entries)
+    def velocity(x: Array, time: Array, given: Any) -> tuple[Array, Any]:
+        found, *rest = apply(x, time, *conditions, mask, first_layer=given[0], tails=given[1], **options)
+        return found, tuple(rest)
 
-    grid, layers = time_grid(c.num_steps), num_attention_layers(c.estimator)
-    times = jnp.stack([grid[:-1], grid[1:]], axis=1)
+    inputs = (num_attention_layers(c.estimator) * jnp.arange(c.num_steps), state.tails)
     is_frame = (frames != EMPTY)[..., None]
     start = jnp.where(is_frame, hop.noise, 0)
-    mel, (tails, entries) = jax.lax.scan(euler, start, (times, layers * jnp.arange(c.num_steps), state.tails))
+    mel, (tails, entries) = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance, inputs=inputs)
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in entries)
     state = FlowState(
         num_tokens=state.num_tokens + num_tokens,
@@ -139,10 +134,9 @@ def _positions(start: Int[Array, " B"], count: Int[Array, " B"], size: int, rate
 
 
 def _mask(hop: Hop, rate: int, positions: Int[Array, "B T"], cache: KeyValueCache) -> Array:
-    scale = lambda x, none: jnp.where(x < none, rate * x, none)  # noqa: E731
+    mask = MaskSpec(kind="chunk", chunk=hop.chunk, left=hop.left, prompt=hop.prompt).scaled(rate)
     keys = jnp.concatenate([cache.positions, positions], axis=1)
-    left = scale(hop.left, NO_LEFT)
-    return chunk_array(scale(hop.chunk, NO_LEFT), left, rate * hop.prompt, positions, keys)
+    return chunk_array(mask.chunk, mask.left, mask.prompt, positions, keys)
 
 
 def _first_rows(cache: KeyValueCache) -> KeyValueCache:

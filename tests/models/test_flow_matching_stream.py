@@ -1,0 +1,215 @@
+"""Voices and requests as the caller has them: streams equal whole requests, and what cannot be done is one clear line."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv2jax.config import UserError
+from cv2jax.models.flow_matching import stream as stream_module
+from cv2jax.models.flow_matching.config import LOOKAHEAD
+from cv2jax.models.flow_matching.offline import FlowSolver
+from cv2jax.models.flow_matching.stream import FlowStreams
+from cv2jax.models.flow_matching.voice import Request, Voice
+from cv2jax.nn.masks import NO_CHUNK, ChunkMask
+from tests.models.golden_flow import random_params, small_config
+
+CONFIG = small_config()
+PARAMS = random_params(CONFIG)
+FULL, BOUNDED = ChunkMask(chunk=5), ChunkMask(chunk=5, left=4)
+
+
+@functools.cache
+def streams(mask: ChunkMask) -> FlowStreams:
+    return FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,))
+
+
+@functools.cache
+def solver(mask: ChunkMask) -> FlowSolver:
+    return FlowSolver(CONFIG, PARAMS, mask, max_rows=4, bucket=40)
+
+
+def make_voice(num_tokens: int, seed: int = 0) -> Voice:
+    rng = np.random.default_rng(seed)
+    return Voice(
+        speaker_embedding=rng.normal(size=CONFIG.speaker_dim).astype(np.float32),
+        speech_tokens=rng.integers(0, CONFIG.num_speech_tokens, num_tokens),
+        mel=rng.normal(size=(2 * num_tokens, CONFIG.num_mels)).astype(np.float32),
+        key=jax.random.key(100 + seed),
+        name="ann",
+    )
+
+
+def make_tokens(num_tokens: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.num_speech_tokens, num_tokens)
+
+
+def hear(stream, tokens: np.ndarray, seed: int) -> np.ndarray:
+    """All of the tokens in random hops; the last one of any length."""
+    rng, parts, place = np.random.default_rng(seed), [], 0
+    while not stream.has_ended:
+        num = stream.num_to_border() + 5 * int(rng.integers(0, 3))
+        if place + num + LOOKAHEAD > len(tokens):
+            parts.append(stream.hop(tokens[place:]))
+        else:
+            parts.append(stream.hop(tokens[place : place + num], tokens[place + num : place + num + LOOKAHEAD]))
+        place += num
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("mask", [FULL, BOUNDED], ids=["full", "bounded"])
+@pytest.mark.parametrize("num_prompt", [0, 2, 10, 12, 13])  # none, less than a chunk, whole, look-ahead outside, inside
+def test_a_stream_is_the_whole_request_with_any_prompt(mask, num_prompt):
+    voice, tokens = make_voice(num_prompt), make_tokens(24)
+    solved = streams(mask).enroll(voice)
+    assert solved.num_solved == {0: 0, 2: 0, 10: 5, 12: 5, 13: 10}[num_prompt]
+    for seed in range(2):  # a voice serves many requests
+        key = jax.random.key(seed)
+        [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+        got = hear(streams(mask).start(solved, key), tokens, seed)
+        assert got.shape == (48, CONFIG.num_mels)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    other = hear(streams(mask).start(solved, jax.random.key(9)), tokens, 0)
+    assert np.abs(other - got).max() > 1e-2
+
+
+def test_the_official_chunk_with_a_prompt_of_87_tokens():
+    voice, tokens, mask, key = make_voice(87), make_tokens(70), ChunkMask(chunk=25), jax.random.key(3)
+    assert FlowStreams(CONFIG, PARAMS, mask).hop_sizes == (25, 50, 100)
+    official = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(25,))  # one program; longer hops are cut
+    solved = official.enroll(voice)
+    assert solved.num_solved == 75
+    stream = official.start(solved, key)
+    assert stream.num_to_border() == 13
+    [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    got = [stream.hop(tokens[:13], tokens[13:16]), stream.hop(tokens[13:63], tokens[63:66]), stream.hop(tokens[63:])]
+    assert [len(part) for part in got] == [26, 100, 14]
+    np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
+
+
+def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
+    monkeypatch.setattr(stream_module, "_ROOM", 40)
+    voice, tokens, key = make_voice(7), make_tokens(64), jax.random.key(0)
+    rooms = {}
+    for mask in (FULL, BOUNDED):
+        stream = streams(mask).start(streams(mask).enroll(voice), key)
+        got = hear(stream, tokens, 4)
+        np.testing.assert_allclose(
+            got, solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])[0], rtol=0, atol=1e-4
+        )
+        rooms[mask] = stream_module._num_slots(stream._state)
+    assert rooms == {FULL: 80, BOUNDED: 25}
+
+
+def test_official_noise_counts_from_the_start_of_the_prompt():
+    config = small_config(num_mels=80)
+    params, tokens, mask = random_params(config), make_tokens(12), ChunkMask(chunk=5)
+    options = {"use_official_noise": True}
+    embedding, key = np.ones(config.speaker_dim, np.float32), jax.random.key(0)
+    voice = Voice(speaker_embedding=embedding, speech_tokens=make_tokens(9), mel=np.ones((18, 80), np.float32))
+    both = FlowStreams(config, params, mask, hop_sizes=(10,), **options)
+    [want] = FlowSolver(config, params, mask, bucket=21, **options)([Request(voice=voice, speech_tokens=tokens)])
+    got = hear(both.start(both.enroll(voice), key), tokens, 0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    [drawn] = FlowSolver(config, params, mask, bucket=21)([Request(voice=voice, speech_tokens=tokens)])
+    assert np.abs(drawn - want).max() > 1e-2
+    with pytest.raises(UserError, match=r"frame 15001 lies behind the official noise of 300 s"):
+        FlowSolver(config, params, mask, **options)(
+            [Request(voice=voice, speech_tokens=make_tokens(7492), name="long")]
+        )
+    with pytest.raises(UserError, match="the official noise has 80 mel bins, the model 8"):
+        FlowSolver(CONFIG, PARAMS, mask, **options)([Request(voice=make_voice(0), speech_tokens=tokens)])
+
+
+def test_a_request_does_not_depend_on_its_batch():
+    requests = [
+        Request(voice=make_voice(p, p), speech_tokens=make_tokens(n, n), key=jax.random.key(n), name=f"r{n}")
+        for p, n in ((0, 3), (7, 21), (12, 30), (0, 38), (3, 60))
+    ]
+    together = FlowSolver(CONFIG, PARAMS, FULL, max_rows=4, bucket=80)(requests)
+    assert [len(mel) for mel in together] == [6, 42, 60, 76, 120]
+    for request, mel in zip(requests, together, strict=True):
+        np.testing.assert_allclose(mel, solver(FULL)([request])[0], rtol=0, atol=1e-5)
+
+
+def test_what_a_voice_cannot_be():
+    voice = make_voice(4)
+    fields = {"speaker_embedding": voice.speaker_embedding, "speech_tokens": voice.speech_tokens, "mel": voice.mel}
+    bad_mel = np.where(np.arange(8)[:, None] == 5, np.nan, voice.mel)
+    for changes, message in (
+        ({"mel": voice.mel[:7]}, r"ann: the prompt's mel has shape \(7, 8\); its 4 tokens need \(8, 8\)"),
+        ({"mel": None}, r"the prompt's mel has shape \(0, 8\)"),
+        ({"mel": bad_mel}, r"the prompt's mel is not finite at \[5, 0\]"),
+        ({"speech_tokens": np.array([3, 40, 1, 2])}, r"ann: speech token 40 at place 1 is outside 0 … 39"),
+        ({"speaker_embedding": np.ones(192)}, r"has shape \(192,\), the model takes \(6,\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            streams(FULL).enroll(Voice(name="ann", **(fields | changes)))
+    with pytest.raises(UserError, match="r: has no speech tokens"):
+        solver(FULL)([Request(voice=voice, speech_tokens=make_tokens(0), name="r")])
+
+
+def test_a_hop_that_cannot_be_leaves_the_stream_as_it_was():
+    voice, tokens, key = make_voice(7), make_tokens(24), jax.random.key(5)
+    stream = streams(FULL).start(streams(FULL).enroll(voice), key, "req")
+    ahead = tokens[3:6]
+    for arguments, message in (
+        ((tokens[:4], ahead), "req: a hop of 4 tokens ends inside a chunk, counted from the start.*give 3, or a mul"),
+        ((tokens[:0], ahead), "req: has no speech tokens"),
+        ((tokens[:0],), "req: has no speech tokens"),
+        ((np.array([1, -1, 1]), ahead), "req: speech token -1 at place 1 is outside 0 … 39"),
+        ((tokens[:3], ahead[:2]), "req: 2 tokens of look-ahead; give 3, or None with the last hop"),
+        ((tokens[:3], np.array([1, 2, 77])), "req, look-ahead: speech token 77 at place 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stream.hop(*arguments)
+    [want] = solver(FULL)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    np.testing.assert_allclose(hear(stream, tokens, 1), want, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="req: has ended"):
+        stream.hop(tokens)
+
+
+def test_a_mel_that_is_not_finite_is_reported_with_its_place():
+    broken = jax.tree.map(jnp.copy, PARAMS)
+    table = broken["encoder"]["token_embedding"]
+    broken["encoder"]["token_embedding"] = table.at[39].set(jnp.nan)
+    tokens = np.where(make_tokens(20) == 39, 0, make_tokens(20))
+    tokens[9] = 39  # seen by the look-ahead of token 6, in the chunk of tokens 5 … 9
+    voice = make_voice(0)
+    # In one solve the weights of what is masked are 0, and 0 times no number is none.
+    with pytest.raises(UserError, match=r"req: the mel is not finite from frame 0 \(0.00 s, speech token 0\) on"):
+        FlowSolver(CONFIG, broken, FULL, bucket=20)([Request(voice=voice, speech_tokens=tokens, name="req")])
+    these = FlowStreams(CONFIG, broken, FULL, hop_sizes=(10,))
+    stream = these.start(these.enroll(voice), jax.random.key(0), "req")
+    assert np.isfinite(stream.hop(tokens[:5], tokens[5:8])).all()
+    with pytest.raises(UserError, match=r"req: the mel is not finite from frame 10 \(0.20 s, speech token 5\) on"):
+        stream.hop(tokens[5:10], tokens[10:13])
+    assert stream.has_ended
+    with pytest.raises(UserError, match="ann: the mel is not finite from frame 0"):
+        these.enroll(
+            Voice(name="ann", speaker_embedding=voice.speaker_embedding, speech_tokens=tokens, mel=np.ones((40, 8)))
+        )
+
+
+def test_masks_that_were_not_trained_are_named_with_those_that_were(caplog):
+    config = small_config(mask_chunks=(0, 5), mask_lefts=(-1, 4), mask_prompts=(0, -1))
+    with caplog.at_level("WARNING"):
+        FlowStreams(config, PARAMS, ChunkMask(chunk=5, left=4))
+        FlowSolver(config, PARAMS, ChunkMask(chunk=NO_CHUNK))
+    assert not caplog.records
+    with caplog.at_level("WARNING"):
+        FlowStreams(config, PARAMS, ChunkMask(chunk=7))
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "chunks of 7: the flow was not trained for it, only for one chunk of all tokens, chunks of 5 with 4 before them"
+    )
+
+
+def test_masks_and_sizes_that_cannot_stream():
+    with pytest.raises(UserError, match="a mask without chunks"):
+        FlowStreams(CONFIG, PARAMS, ChunkMask(chunk=NO_CHUNK))
+    for sizes in ((5, 12), (0,)):
+        with pytest.raises(UserError, match="must be multiples of the chunk, 5 tokens"):
+            FlowStreams(CONFIG, PARAMS, FULL, hop_sizes=sizes)

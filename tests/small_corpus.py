@@ -24,14 +24,16 @@ SMALL_RUN = (
 )
 
 
-def make_small_corpus(root: pathlib.Path, num_train: int = 40, num_test: int = 8) -> pathlib.Path:
+def make_small_corpus(
+    root: pathlib.Path, num_train: int = 40, num_test: int = 8, *, rate_hz: int = RATE
+) -> pathlib.Path:
     """`root` as a corpus with the splits train and test."""
     random = np.random.default_rng(0)
     words = ["one", "two", "three", "four"]
 
     def record(name: str, i: int) -> Record:
         seconds = 0.3 + 0.7 * random.random()
-        t = np.arange(int(seconds * RATE)) / RATE
+        t = np.arange(int(seconds * rate_hz)) / rate_hz
         wave = 3000 * np.sin(2 * np.pi * (150 + 40 * (i % 4)) * t) + 300 * random.normal(size=t.size)
         return Record(
             id=f"{name}-{i}",
@@ -39,7 +41,7 @@ def make_small_corpus(root: pathlib.Path, num_train: int = 40, num_test: int = 8
             speaker="s",
             language="en",
             instruct=None,
-            rate_hz=RATE,
+            rate_hz=rate_hz,
             waveform=wave.astype(np.int16),
         )
 
@@ -47,5 +49,5 @@ def make_small_corpus(root: pathlib.Path, num_train: int = 40, num_test: int = 8
         "train": [record("train", i) for i in range(num_train)],
         "test": [record("test", i) for i in range(num_test)],
     }
-    write_corpus(root, splits, rate_hz=RATE, encoding="pcm16", shard_utterances=16)
+    write_corpus(root, splits, rate_hz=rate_hz, encoding="pcm16", shard_utterances=16)
     return root

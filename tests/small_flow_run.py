@@ -6,7 +6,7 @@ import numpy as np
 
 from cv2jax.data.shards import Corpus
 from cv2jax.data.tokens import TokenWriter
-from tests.small_corpus import make_small_corpus
+from tests.small_corpus import RATE, make_small_corpus
 
 NUM_CODES = 27
 SMALL_FLOW = (
@@ -30,15 +30,15 @@ SMALL_FLOW = (
 )
 
 
-def make_small_flow_corpus(root: pathlib.Path) -> pathlib.Path:
+def make_small_flow_corpus(root: pathlib.Path, rate_hz: int = RATE) -> pathlib.Path:
     """`root` as a prepared corpus, with `tokens_of(root)` beside it."""
-    corpus = Corpus(make_small_corpus(root))
+    corpus = Corpus(make_small_corpus(root, rate_hz=rate_hz))
     rng = np.random.default_rng(0)
     with TokenWriter(tokens_of(root), {"tokenizer": "abc", "num_codes": NUM_CODES}) as writer:
         for split in (corpus.split("train"), corpus.split("test")):
             for row in range(len(split)):
                 found = split.read(row)
-                count = -(-len(found.waveform) // 640)
+                count = -(-len(found.waveform) // (rate_hz // 25))
                 tokens = rng.integers(0, NUM_CODES, count).astype(np.int32)
                 writer.write(found.id, "a.wav", tokens, num_frames=count, seconds=count / 25)
     return root

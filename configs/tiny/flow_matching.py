@@ -20,15 +20,17 @@ def get_config() -> TrainConfig:
                 width=128, num_heads=4, mlp_dim=256, num_layers=2, num_upsampled_layers=2, dropout=0.0
             ),
             estimator=EstimatorConfig(width=96, num_blocks=2, num_mid_stages=2, num_heads=4, head_dim=32),
+            prior_weight=1.0,
+            temperature=0.25,
             scan_layers=False,
         ),
-        num_steps=800,
-        data=DataConfig(batch_seconds=64.0, num_buckets=2),
+        num_steps=700,
+        data=DataConfig(batch_seconds=32.0, num_buckets=2),
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=50, clip_norm=5.0, ema_decay=0.98
+            learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=30, clip_norm=5.0, ema_decay=0.98
         ),
         log_every=20,
-        evaluate_every=400,
+        evaluate_every=350,
         evaluate_utterances=0,
-        save_every=200,
+        save_every=350,
     )

@@ -58,6 +58,7 @@ def small_config(**changes) -> FlowMatchingConfig:
         encoder=FlowEncoderConfig(width=16, num_heads=2, mlp_dim=24, num_layers=1, num_upsampled_layers=2),
         estimator=EstimatorConfig(width=12, num_blocks=1, num_mid_stages=2, num_heads=3, head_dim=4, mlp_ratio=2),
         num_steps=3,
+        temperature=0.7,
     )
     return dataclasses.replace(config, **changes)
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv2jax.models.flow_matching.config import LOOKAHEAD
+from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import FlowMatching, solve
-from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
+from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, state_bytes, step
 from cv2jax.nn.masks import NO_LEFT, MaskSpec
 from tests.models.golden_flow import random_params, small_config
 
@@ -170,3 +170,14 @@ def test_a_row_that_waits_is_left_alone_and_its_mates_do_not_matter():
         for row in (1, 5)[: new.shape[axis] // 4]:
             np.testing.assert_array_equal(np.take(np.asarray(new), row, axis), np.take(np.asarray(old), row, axis))
         assert not np.array_equal(old, new)
+
+
+def test_what_a_second_of_audio_takes():
+    state = init_state(CONFIG, 1, 7)
+    assert state_bytes(CONFIG, 7) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    official = FlowMatchingConfig()
+    second = state_bytes(official, 50) - state_bytes(official, 25)
+    keys_and_values = (
+        10 * 56 * 2 * 2 * 8 * 64 * 50 * 4
+    )  # solver steps, layers, both, guidance, heads, sizes, frames, fp32
+    assert keys_and_values < second < 1.02 * keys_and_values

@@ -70,11 +70,12 @@ class FlowMatchingConfig:
     mask_prompts: tuple[int, ...] = (0, 0, 0, 0)
     mask_per: Literal["utterance", "batch"] = "utterance"
     loss: Literal["l1", "mse"] = "l1"  # of the paper, of the official code
-    # Of the distance between the encoder's output and the mel, beside the loss: Matcha-TTS's prior loss without its noise.
-    # The encoder then learns the mean mel in a few hundred steps. 0: none, as official.
+    # Of the distance between the mel and the sum of encoded tokens and speaker, beside the loss: much as Matcha-TTS's prior
+    # loss. These parts then learn the mean mel in a few hundred steps. 0: none, as official.
     prior_weight: float = 0.0
     sigma_min: float = 1e-6
     guidance: float = 0.7  # classifier-free: (1 + g) · conditioned − g · unconditioned
+    temperature: float = 1.0  # of the noise that the solver starts from; less: nearer to the mean of what could be said
     condition_dropout: float = 0.2
     prompt_share: float = 0.3  # of an utterance's frames are given as a prompt, at most
     no_prompt: float = 0.5  # share of utterances without one
@@ -90,7 +91,7 @@ class FlowMatchingConfig:
         for name in ("condition_dropout", "prompt_share", "no_prompt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: must lie in 0 … 1")
-        for name in ("guidance", "prior_weight"):
+        for name in ("guidance", "temperature", "prior_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name}={getattr(self, name)}: must not be negative")
         if self.remat not in REMAT_POLICIES:

@@ -78,7 +78,7 @@ def flow_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B F"]]:
     """(loss, error [B F] of every frame): of the velocity at a place on the path from noise to mel (paper eq. 8).
 
-    With `prior_weight` the loss also asks the encoder alone for the mel; the error does not.
+    With `prior_weight` the loss also asks for the mel as the sum of encoded tokens and speaker; the error does not.
 
     Args:
       batch: `speech_tokens` [B L], `num_tokens` [B], `mel` [B F M], `speaker_embedding` [B E]. What lies behind
@@ -104,13 +104,13 @@ def flow_loss(
             jnp.where((is_prompt & keep[:, None])[..., None], mel, 0),
             masks[1],
         )
-        return mu, velocity, wanted
+        return mu + speaker[:, None], velocity, wanted
 
-    mu, velocity, wanted = nn.apply(apply, model)({"params": params}, rngs=rngs)
+    prior, velocity, wanted = nn.apply(apply, model)({"params": params}, rngs=rngs)
     error = velocity_error(velocity, wanted, c.loss)
     loss = masked_mean(error, frame_mask)
     if c.prior_weight:
-        loss = loss + c.prior_weight * masked_mean(velocity_error(mu, mel, c.loss), frame_mask)
+        loss = loss + c.prior_weight * masked_mean(velocity_error(prior, mel, c.loss), frame_mask)
     return loss, error
 
 
@@ -154,7 +154,7 @@ def solve(
       batch: `speech_tokens` [B L] and `num_tokens` [B], prompts in front; `prompt_mel` [B F M], 0 behind the prompt;
         `speaker_embedding` [B E]; and, of an utterance that is not complete, `num_lookahead` [B] (0 … 3): tokens that
         follow the `num_tokens` and are only looked at.
-      noise: where the frames start. mask: who sees whom, in tokens, without segments.
+      noise: where the frames start, times the temperature. mask: who sees whom, in tokens, without segments.
 
     What lies behind a row's frames is 0, and rows do not depend on each other.
     """
@@ -171,6 +171,6 @@ def solve(
         applied: Any = model.apply({"params": params}, x, time, *conditions, pair_mask, method="velocity")
         return applied[0], None
 
-    start = jnp.where(frame_mask, noise, 0)
+    start = jnp.where(frame_mask, c.temperature * noise, 0)
     mel, _ = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance)
     return jnp.where(frame_mask, mel, 0)

@@ -50,7 +50,8 @@ class Hop:
       speech_tokens: [B L+3], a row's tokens and right behind them those that are looked at.
       num_tokens: [B], to solve; in a row that has more to come they end on a border of its chunks. 0 leaves it alone.
       num_lookahead: [B], that follow: 3, or 0 at the end of a row.
-      noise: [B F M], where the frames start. prompt_mel: [B F M], 0 behind the prompt; None: no row has any.
+      noise: [B F M], where the frames start, times the temperature.
+      prompt_mel: [B F M], 0 behind the prompt; None: no row has any.
       speaker_embedding: [B E].
       chunk, left, prompt: [B], the mask of each row in tokens (see `chunk_array`).
     """
@@ -77,6 +78,12 @@ def init_state(config: FlowMatchingConfig, batch_size: int, num_slots: int) -> F
         tails=jax.tree.map(lambda x: jnp.zeros((config.num_steps, *x.shape), x.dtype), tails),
         cache=init_cache(layers, 2 * batch_size, e.num_heads, slots, e.head_dim, config.dtype),
     )
+
+
+def state_bytes(config: FlowMatchingConfig, num_slots: int) -> int:
+    """Memory that one stream's state takes, without making it; arguments as `init_state`."""
+    shapes = jax.eval_shape(functools.partial(init_state, config, 1, num_slots))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def grow_state(state: FlowState, num_slots: int) -> FlowState:
@@ -116,7 +123,7 @@ def step(model: FlowMatching, params: PyTree, state: FlowState, hop: Hop) -> tup
 
     inputs = (num_attention_layers(c.estimator) * jnp.arange(c.num_steps), state.tails)
     is_frame = (frames != EMPTY)[..., None]
-    start = jnp.where(is_frame, hop.noise, 0)
+    start = jnp.where(is_frame, c.temperature * hop.noise, 0)
     mel, (tails, entries) = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance, inputs=inputs)
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in entries)
     state = FlowState(

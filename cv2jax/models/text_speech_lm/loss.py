@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from cv2jax.models.text_speech_lm.init import LEVELS, num_digits
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, apply_packed
 from cv2jax.models.text_speech_lm.sequence import IGNORE, eos_id
+from cv2jax.nn.init import LEVELS, num_digits
 
 TOP = 10  # of `top10_accuracy`
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from cv2jax.config import UserError
-from cv2jax.models.text_speech_lm.init import init_by_digits, num_digits, uniform_within
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Backbone, Qwen2Config
 from cv2jax.models.text_speech_lm.sequence import MIX_RATIO, NUM_SPECIAL, NUM_STOPS, SPECIAL, SPEECH, TEXT, Ratio
+from cv2jax.nn.init import init_by_digits, num_digits, uniform_within
 from cv2jax.nn.layers import Axes, partitioned
 from cv2jax.nn.masks import MaskSpec
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv2jax.models.text_speech_lm.init import LEVELS, SHARED, init_by_digits, num_digits, uniform_within
+from cv2jax.nn.init import LEVELS, SHARED, init_by_digits, num_digits, uniform_within
 
 DIGITS, STOPS, WIDTH = 4, 3, 192
 CODES = LEVELS**DIGITS

@@ -1,4 +1,4 @@
-"""How the language model's own tables start out: as torch does it, or so that codes with common FSQ digits start alike."""
+"""How tables start out: as torch does it, or so that speech tokens with common FSQ digits start alike."""
 
 import math
 from typing import Any

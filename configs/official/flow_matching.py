@@ -3,9 +3,9 @@
     cv2jax train flow_matching_official --corpus prepared/ --workdir runs/flow_official --set data.speech_tokens=tokens.npz
 
 112.5 million parameters, those of CosyVoice 2's `flow.pt`. Each utterance draws its mask: all, causal, chunks of 1 and of
-2 seconds, and chunks of 1 second that see 4 seconds back and a prompt of up to 10 seconds, for streams of any length at one
-cost. `model.mask_per=batch` with `model.loss=mse` and chunks 0 and 25 is the official code's choice. The rate and the steps
-follow the public recipe of CosyVoice 1 and were not run to the end; per-chip memory on a v5e-16 is in the README.
+2 seconds, and chunks of 1 second that see 4 seconds back and the first 3, as if those were a prompt, for streams of any
+length at one cost. `model.mask_per=batch` with `model.loss=mse` and chunks 0 and 25 is the official code's choice. The rate
+and the steps follow the public recipe of CosyVoice 1 and were not run to the end.
 """
 
 from cv2jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -19,7 +19,8 @@ def get_config() -> TrainConfig:
         model=FlowMatchingConfig(
             mask_chunks=(0, 1, 25, 50, 25),
             mask_lefts=(-1, -1, -1, -1, 100),
-            mask_prompts=(0, 0, 0, 0, 250),
+            mask_prompts=(0, 0, 0, 0, 75),
+            token_init="official",
             remat="full",
         ),
         num_steps=800_000,

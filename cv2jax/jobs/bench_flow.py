@@ -33,7 +33,8 @@ from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
 
 _TOKENS_PER_SECOND = 25
-_CHUNK, _PROMPT, _LEFT = 25, 75, 50  # tokens: the official chunk, a prompt of 3 s, the left context where it is bounded
+_CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
+_PROMPT = _CACHED + LOOKAHEAD  # what a voice is solved for looks at nothing of a request
 _HOPS = (25, 50, 100)  # tokens, as upstream's runtime: the last again and again
 _BUCKET = 200  # tokens by which the caches of a stream grow
 _CALL_FRAMES = 250  # of one call of the velocity network, as in spec/official.md D
@@ -101,8 +102,8 @@ class Request:
         return self.speech_tokens.shape[1]
 
     def ends(self) -> list[int]:
-        """Where hops end, the prompt's end in front: 25, 50, 100, 100 … tokens, and what is left."""
-        ends = [self.num_prompt]
+        """Where hops end, the end of what the voice is solved for in front: 25, 50, 100, 100 … tokens, and what is left."""
+        ends = [max(self.num_prompt - LOOKAHEAD, 0) // _CHUNK * _CHUNK]
         while ends[-1] < self.num_tokens:
             ends.append(min(ends[-1] + _HOPS[min(len(ends), len(_HOPS)) - 1], self.num_tokens))
         return ends
@@ -265,7 +266,7 @@ def measure_flow_stream(options: BenchOptions) -> list[Figure]:
 
 def _measure_hop(work: Workload, repeats: int, histories: tuple[int, int], *, is_bounded: bool) -> list[Figure]:
     """Each repeat goes on with the state of the one before, the oldest frames making room."""
-    config, prompt = work.model.config, _PROMPT if is_bounded else 0
+    config, prompt = work.model.config, _CACHED if is_bounded else 0
     request = make_request(config, _CHUNK + LOOKAHEAD)
     hop = request.hop(0, _CHUNK, left=_LEFT if is_bounded else NO_LEFT, prompt=prompt)
     runs: dict[str, Callable[[], Any]] = {}
@@ -290,7 +291,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
     num_tokens = _PROMPT + round(seconds * _TOKENS_PER_SECOND)
     request, solver = make_request(work.model.config, num_tokens, _PROMPT), work.solver(_CHUNK)
     voice = Stream(work, init_state(work.model.config, 1, _BUCKET))
-    voice(request.hop(0, _PROMPT))
+    voice(request.hop(0, _CACHED))
 
     def ours(ends: list[int]) -> tuple[float, list[Any]]:
         stream = Stream(work, jax.block_until_ready(jax.tree.map(jnp.copy, voice.state)))  # its own: a step takes it
@@ -313,7 +314,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
         runs = {_OURS: functools.partial(ours, some), _ANEW: functools.partial(anew, some)}
         times = race(runs, options.repeats, clock=lambda run: run()[0])
         figures += compared(
-            f"{work.describe()}, behind a prompt of {_PROMPT} tokens, {name}", "ms", _milliseconds(times)
+            f"{work.describe()}, behind {_CACHED} tokens of a voice, {name}", "ms", _milliseconds(times)
         )
     return figures
 

@@ -16,7 +16,7 @@ from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.flow import FlowScore, TokenMeans
-from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
+from cv2jax.models.flow_matching.config import DRAWN_PROMPT, FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.features import mel_features, speaker_number, stand_in_embedding
 from cv2jax.models.flow_matching.generate import generate, offline_mask, stream_mask
@@ -104,8 +104,7 @@ class FlowMatchingTask:
         model = FlowMatching(c, impl=c.attention)
 
         def loss(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-            uses_kernel = c.attention == "splash" or (c.attention == "auto" and platform() == "tpu")
-            is_static = uses_kernel and c.mask_per == "utterance"
+            is_static = _uses_kernel(c) and c.mask_per == "utterance"
             ready = self.prepare(batch, TILE // FRAMES_PER_TOKEN if is_static else 1)
             draw_key, dropout_key = jax.random.split(key)
             num_slots = ready["speech_tokens"].shape[1]
@@ -210,7 +209,31 @@ def _fit(config: TrainConfig, data: CorpusBatches) -> FlowMatchingConfig:
             f"data.speech_tokens={config.data.speech_tokens}: has tokens up to {tokens.num_codes - 1}, and"
             f" model.num_speech_tokens={model.num_speech_tokens}; set that to the size of the tokenizer's codebook"
         )
+    _require_masks(model, data)
     fitted = dataclasses.replace(model, dtype=computation_dtype(config.compute_dtype))
     for part in (fitted, fitted.encoder, fitted.estimator):
         part.validate()
     return fitted
+
+
+def _uses_kernel(model: FlowMatchingConfig) -> bool:
+    return model.attention == "splash" or (model.attention == "auto" and platform() == "tpu")
+
+
+def _require_masks(model: FlowMatchingConfig, data: CorpusBatches) -> None:
+    """Raises UserError where a kernel, which is compiled for its mask, cannot do what the config asks for."""
+    mend = "or set model.attention=xla"
+    if _uses_kernel(model) and model.mask_per == "utterance" and DRAWN_PROMPT in model.mask_prompts:
+        raise UserError(
+            f"model.mask_prompts={model.mask_prompts}: -1 is drawn, and kernels need numbers; give some, {mend}"
+        )
+    if model.attention != "splash":
+        return
+    if model.mask_per == "batch":
+        raise UserError(f"model.mask_per=batch: the kernel's masks are dealt out to utterances; set that, {mend}")
+    for spec in data.training_shapes():
+        if (rows := spec["waveform"].shape[0]) % len(model.masks):
+            raise UserError(
+                f"data.batch_multiple: a batch of {rows} rows cannot be dealt out to {len(model.masks)} masks;"
+                f" give a multiple of masks and devices, {mend}"
+            )

@@ -32,6 +32,7 @@ def batch_of(specs, seconds, row_seconds):
     }
 
 
+@pytest.mark.full  # takes longer to compile than all of CI
 @pytest.mark.parametrize("attention", ["splash", "xla"])
 def test_the_official_step_fits_sixteen_v5e(tmp_path, attention):
     corpus = make_small_flow_corpus(tmp_path / "corpus", RATE)

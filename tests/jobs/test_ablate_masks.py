@@ -7,14 +7,14 @@ import pytest
 from cv2jax.config import UserError, load_config, override
 from cv2jax.jobs.ablate_masks import ablate_masks, mask_name, time_mask
 from cv2jax.nn.masks import NO_CHUNK, ChunkMask
-from tests.tasks.test_flow_matching import SMALL, places  # noqa: F401
+from tests.small_flow_run import tokens_of
+from tests.tasks.test_flow_matching import SMALL, corpus  # noqa: F401
 
 SETS = (*SMALL, "model.mask_chunks=(0,5)", "model.mask_lefts=(-1,-1)", "model.mask_prompts=(0,0)", "num_steps=2")
 
 
-def given(places):  # noqa: F811
-    corpus, tokens = places / "corpus", places / "tokens.jsonl"
-    return [*SETS, "data.num_buckets=1", f"data.corpus={corpus}", f"data.speech_tokens={tokens}"]
+def given(corpus):  # noqa: F811
+    return [*SETS, "data.num_buckets=1", f"data.corpus={corpus}", f"data.speech_tokens={tokens_of(corpus)}"]
 
 
 def test_names():
@@ -23,8 +23,8 @@ def test_names():
 
 
 @pytest.mark.full
-def test_every_model_is_heard_under_every_mask(places, tmp_path):  # noqa: F811
-    code, table = ablate_masks("flow_matching_tiny", tmp_path, assignments=given(places))
+def test_every_model_is_heard_under_every_mask(corpus, tmp_path):  # noqa: F811
+    code, table = ablate_masks("flow_matching_tiny", tmp_path, assignments=given(corpus))
     assert code == 0
     record = json.loads((tmp_path / "table.json").read_text())
     assert set(record["distances"]) == {"all", "chunk 5", "mixed"}
@@ -37,13 +37,13 @@ def test_every_model_is_heard_under_every_mask(places, tmp_path):  # noqa: F811
     assert runs == {"all", "chunk_5", "mixed"}
 
 
-def test_what_cannot_be_compared_is_refused(places, tmp_path):  # noqa: F811
+def test_what_cannot_be_compared_is_refused(corpus, tmp_path):  # noqa: F811
     for sets, message in (
         (["model.mask_per=batch"], "draws a mask an utterance"),
         (["model.mask_chunks=(5,5)"], "give two different masks"),
     ):
         with pytest.raises(UserError, match=message):
-            ablate_masks("flow_matching_tiny", tmp_path, assignments=[*given(places), *sets])
+            ablate_masks("flow_matching_tiny", tmp_path, assignments=[*given(corpus), *sets])
     assert not list(tmp_path.iterdir())
 
 

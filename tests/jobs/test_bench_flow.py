@@ -118,11 +118,11 @@ def test_a_filled_state_has_the_places_of_a_stream(num_tokens: int, num_slots: i
 
 
 def test_a_request_comes_in_the_hops_of_upstream() -> None:
-    request = bench_flow.make_request(small_config(), 575, 75)
+    request = bench_flow.make_request(small_config(), 575, 78)
     assert request.ends() == [75, 100, 150, 250, 350, 450, 550, 575]
-    assert bench_flow.make_request(small_config(), 90, 75).ends() == [75, 90]
-    assert np.all(request.prompt_mel[:, 150:] == 0)
-    assert np.all(request.prompt_mel[:, :150] != 0)
+    assert bench_flow.make_request(small_config(), 90, 75).ends() == [50, 75, 90]
+    assert np.all(request.prompt_mel[:, 156:] == 0)
+    assert np.all(request.prompt_mel[:, :156] != 0)
     hop, (batch, noise) = request.hop(550, 573), request.prefix(573)
     np.testing.assert_array_equal(hop.speech_tokens, np.pad(request.speech_tokens[:, 550:], [(0, 0), (0, 1)]))
     assert int(hop.num_lookahead[0]) == int(batch["num_lookahead"][0]) == 2

@@ -82,6 +82,9 @@ def test_noise_is_a_function_of_key_and_frame():
     # Behind the prompt the request's key alone counts, from the prompt's end; inside it the voice's.
     shifted = frame_noise(keys[3:], keys[2:3], jnp.array([[4]]), jnp.array([0]), 5)
     np.testing.assert_array_equal(shifted[0, 0], noise[0, 3])
+    # A request may have its voice's key.
+    same = frame_noise(keys[:1], keys[:1], jnp.array([[0, 3]]), prompt[:1], 5)
+    assert np.abs(same[0, 0] - same[0, 1]).max() > 0.1
     many = frame_noise(keys[:1], keys[2:3], jnp.arange(3000)[None], jnp.array([100]), 4)
     assert abs(float(many.mean())) < 0.03
     assert abs(float(many.std()) - 1) < 0.03

@@ -74,6 +74,14 @@ def test_tokens_that_share_digits_start_out_alike():
     assert means[3] > means[0] + 0.4
 
 
+def test_tokens_may_start_out_as_official():
+    config = small_config(num_speech_tokens=81, token_init="official")
+    table = nn.unbox(init_params(config, jax.random.key(0)))["encoder"]["token_embedding"]
+    assert float(jnp.std(table)) == pytest.approx(1, rel=0.1)
+    alike = table @ table.T / config.encoder.width
+    assert abs(float((alike - jnp.diag(jnp.diag(alike))).mean())) < 0.05
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -115,7 +115,7 @@ def test_official_noise_counts_from_the_start_of_the_prompt():
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     [drawn] = FlowSolver(config, params, mask, bucket=21)([Request(voice=voice, speech_tokens=tokens)])
     assert np.abs(drawn - want).max() > 1e-2
-    with pytest.raises(UserError, match=r"frame 15001 lies behind the official noise of 300 s"):
+    with pytest.raises(UserError, match=r"long: has 15002 frames with its prompt, the official noise 15000 \(300 s\)"):
         FlowSolver(config, params, mask, **options)(
             [Request(voice=voice, speech_tokens=make_tokens(7492), name="long")]
         )
@@ -165,8 +165,16 @@ def test_a_hop_that_cannot_be_leaves_the_stream_as_it_was():
     ):
         with pytest.raises(UserError, match=message):
             stream.hop(*arguments)
+    first = stream.hop(tokens[:3], ahead)
+    with pytest.raises(UserError, match=r"req: goes on with tokens \[\d+, \d+, \d+\]; the hop before looked ahead at"):
+        stream.hop((tokens[3:] + 1) % 40)
+    with pytest.raises(UserError, match="req: goes on with"):
+        stream.hop(tokens[3:5])
     [want] = solver(FULL)([Request(voice=voice, speech_tokens=tokens, key=key)])
-    np.testing.assert_allclose(hear(stream, tokens, 1), want, rtol=0, atol=1e-4)
+    got = np.concatenate([first, hear(stream, tokens[3:], 1)])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="ann: was solved for another mask or model"):
+        streams(BOUNDED).start(streams(FULL).enroll(voice), key)
     with pytest.raises(UserError, match="req: has ended"):
         stream.hop(tokens)
 

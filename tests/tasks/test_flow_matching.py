@@ -53,6 +53,7 @@ def test_the_loss_is_the_same_on_every_mesh(corpus):
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-4)
 
 
+@pytest.mark.full
 def test_remat_changes_nothing(corpus):
     config = config_of(corpus, "data.num_buckets=1", "model.encoder.dropout=0.0")
     want = first_steps(config, MeshConfig(), 1)
@@ -123,6 +124,9 @@ def test_it_learns(corpus):
         (("data.speech_tokens=",), "data.speech_tokens is not set"),
         (("model.num_speech_tokens=9",), "has tokens up to 26"),
         (("model.num_mels=40",), "the features have 80 bins"),
+        (("model.attention=splash", "model.mask_prompts=(0,0,-1,0)"), "-1 is drawn, and kernels need numbers"),
+        (("model.attention=splash", "model.mask_per=batch"), "dealt out to utterances"),
+        (("model.attention=splash", "data.batch_multiple=1", "data.batch_seconds=7"), "cannot be dealt out to 4 masks"),
         (("lora.rank=2",), "is for the language model"),
     ],
 )

@@ -80,6 +80,8 @@ class FlowMatchingConfig:
     prompt_share: float = 0.3  # of an utterance's frames are given as a prompt, at most
     no_prompt: float = 0.5  # share of utterances without one
     num_steps: int = 10  # of Euler's method
+    # Codes that share FSQ digits start out alike and move fast, which a small corpus needs; or unit normal, as official.
+    token_init: Literal["digits", "official"] = "digits"
     attention: Literal["auto", "xla", "splash"] = "auto"  # of the estimator
     remat: str = "none"
     scan_layers: bool = True

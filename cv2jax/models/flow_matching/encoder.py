@@ -136,9 +136,10 @@ class FlowEncoder(nn.Module):
         """
         c, dtype = self.config.encoder, self.config.dtype
         num_codes = self.config.num_speech_tokens
-        # Vectors of about length 1 move ten times faster, as the norm behind them sees it, than official, unit normal ones.
-        init = nn.initializers.normal(c.width**-0.5)
-        if digits := num_digits(num_codes):
+        is_official = self.config.token_init == "official"
+        # Vectors of about length 1 move ten times faster, as the norm behind them sees it.
+        init = nn.initializers.normal(1.0 if is_official else c.width**-0.5)
+        if not is_official and (digits := num_digits(num_codes)):
             init = init_by_digits(init, digits, 0)
         table = self.param("token_embedding", partitioned(init, ("vocab", "embed")), (num_codes, c.width))
         known = (jnp.arange(speech_tokens.shape[1]) < (num_tokens + num_lookahead)[:, None])[..., None]

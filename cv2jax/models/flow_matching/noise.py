@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 OFFICIAL_FRAMES = 15000  # 300 s
+_OF_PROMPT, _OF_REQUEST = 0xF0, 0xF1  # folded into keys: a request draws for other stages, and may have its voice's key
 _LANES = 8  # Box-Muller of torch works on 16 numbers at a time
 
 
@@ -25,10 +26,10 @@ def frame_noise(
     """Standard normal noise of each frame, which counts from the start of the prompt of `num_prompt` frames."""
 
     def draw(voice: Array, request: Array, frame: Array, prompt: Array) -> Array:
-        own, other = jax.random.fold_in(voice, frame), jax.random.fold_in(request, frame - prompt)
+        own, other = jax.random.fold_in(voice, _OF_PROMPT), jax.random.fold_in(request, _OF_REQUEST)
+        own, other = jax.random.fold_in(own, frame), jax.random.fold_in(other, frame - prompt)
         data = jnp.where(frame < prompt, jax.random.key_data(own), jax.random.key_data(other))
-        key = jax.random.wrap_key_data(data)
-        return jax.random.normal(key, (num_mels,))
+        return jax.random.normal(jax.random.wrap_key_data(data, impl=jax.random.key_impl(own)), (num_mels,))
 
     over_frames = jax.vmap(draw, in_axes=(None, None, 0, None))
     return jax.vmap(over_frames)(voice_keys, request_keys, frames, num_prompt)

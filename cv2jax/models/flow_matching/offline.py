@@ -11,7 +11,13 @@ from jaxtyping import Array, Float, PyTree
 
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import FlowMatching, solve
-from cv2jax.models.flow_matching.voice import Request, require_finite, start_noise, warn_untrained
+from cv2jax.models.flow_matching.voice import (
+    Request,
+    require_finite,
+    require_official_noise,
+    start_noise,
+    warn_untrained,
+)
 from cv2jax.nn.masks import NO_LEFT, ChunkMask, MaskSpec
 
 
@@ -45,6 +51,9 @@ class FlowSolver:
         for request in requests:
             request.check(self._config)
         lengths = [len(r.voice.speech_tokens) + len(r.speech_tokens) for r in requests]
+        if self._use_official_noise:
+            for request, length in zip(requests, lengths, strict=True):
+                require_official_noise(FRAMES_PER_TOKEN * length, self._config, request.name)
         found: dict[int, Float[np.ndarray, "F M"]] = {}
         by_length = sorted(range(len(requests)), key=lambda index: lengths[index])
         while by_length:
@@ -95,8 +104,8 @@ class FlowSolver:
             np.arange(size, dtype=np.int32)[None], num_frames[:, None] - 1
         )  # padding needs no own noise
         keys = jnp.stack([r.voice.key for r in rows]), jnp.stack([r.key for r in rows])
-        options = {"official": self._use_official_noise, "name": rows[int(np.argmax(num_frames))].name}
-        return start_noise(*keys, jnp.asarray(frames), jnp.asarray(num_prompt), self._config.num_mels, **options)
+        c, official = self._config, self._use_official_noise
+        return start_noise(*keys, jnp.asarray(frames), jnp.asarray(num_prompt), c.num_mels, official=official)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from cv2jax.models.flow_matching.voice import (
     Voice,
     check_tokens,
     require_finite,
+    require_official_noise,
     require_tokens,
     start_noise,
     warn_untrained,
@@ -35,8 +36,9 @@ _BOUNDED_ROOM = 25  # caches with a bound have room for a multiple of it
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SolvedVoice:
-    """A voice with the state behind the first `num_solved` tokens of its recording."""
+    """A voice with the state behind the first `num_solved` tokens of its recording, for streams of `owner`."""
 
+    owner: "FlowStreams"
     voice: Voice
     num_solved: int
     state: FlowState
@@ -78,6 +80,8 @@ class FlowStreams:
     def enroll(self, voice: Voice) -> SolvedVoice:
         """Solves the whole chunks of the voice's recording; UserError where `Voice.check` finds something."""
         voice.check(self.config)
+        if self.use_official_noise:
+            require_official_noise(FRAMES_PER_TOKEN * len(voice.speech_tokens), self.config, voice.name)
         num_prompt, chunk = len(voice.speech_tokens), self.mask.chunk
         num_solved = max(num_prompt - LOOKAHEAD, 0) // chunk * chunk
         state, key = init_state(self.config, 1, self._room(num_solved, num_prompt)), voice.key
@@ -86,10 +90,12 @@ class FlowStreams:
             tokens, mel = voice.speech_tokens, voice.prompt_mel(self.config)
             made, state = self.solve(state, 0, tokens[: num_solved + LOOKAHEAD], num_solved, mel, voice, key)
             require_finite(made, 0, voice.name)
-        return SolvedVoice(voice=voice, num_solved=num_solved, state=state)
+        return SolvedVoice(owner=self, voice=voice, num_solved=num_solved, state=state)
 
     def start(self, solved: SolvedVoice, key: Key[Array, ""], name: str = "request") -> "FlowStream":
-        """A stream behind the voice's recording, whose noise draws from `key`."""
+        """A stream behind the voice's recording, whose noise draws from `key`; UserError for another's voice."""
+        if solved.owner is not self:
+            raise UserError(f"{solved.voice.name}: was solved for another mask or model; enroll it here")
         return FlowStream(self, solved, key, name)
 
     def solve(
@@ -117,9 +123,9 @@ class FlowStreams:
             if self.mask.left is None and (room := self._room(num_solved + place + num, 0)) > _num_slots(state):
                 state = grow_state(state, room)
             part, state = self._step(self._params, state, hop)
-            parts.append(part[0, : FRAMES_PER_TOKEN * num])
+            parts.append((part, FRAMES_PER_TOKEN * num))
             place += num
-        return np.concatenate(jax.device_get(parts)), state
+        return np.concatenate([jax.device_get(part)[0, :size] for part, size in parts]), state
 
     def _hop(
         self,
@@ -136,7 +142,6 @@ class FlowStreams:
         # A padded step may reach behind the end of the official noise.
         frames = np.minimum(np.arange(num_frames, dtype=np.int32), FRAMES_PER_TOKEN * num - 1)[None]
         places = jnp.asarray(frames + FRAMES_PER_TOKEN * start), jnp.asarray(one(FRAMES_PER_TOKEN * num_prompt))
-        options = {"official": self.use_official_noise, "name": voice.name}
         fields = {
             "speech_tokens": np.pad(tokens, (0, size + LOOKAHEAD - len(tokens)))[None].astype(np.int32),
             "num_tokens": one(num),
@@ -147,7 +152,7 @@ class FlowStreams:
             "left": one(NO_LEFT if self.mask.left is None else self.mask.left),
             "prompt": one(num_prompt),
         }
-        noise = start_noise(voice.key[None], key[None], *places, c.num_mels, **options)
+        noise = start_noise(voice.key[None], key[None], *places, c.num_mels, official=self.use_official_noise)
         return Hop(noise=noise, **jax.device_put(fields))
 
     def _room(self, num_tokens: int, num_prompt: int) -> int:
@@ -162,9 +167,9 @@ class FlowStream:
 
     def __init__(self, streams: FlowStreams, solved: SolvedVoice, key: Key[Array, ""], name: str) -> None:
         self._streams, self._voice, self._key, self._name = streams, solved.voice, key, name
-        self._num_solved, self.has_ended = solved.num_solved, False
+        self._num_solved, self.has_ended, self._ahead = solved.num_solved, False, np.zeros(0, np.int32)
         # Steps take the state that they are given; the voice's own stays for others.
-        self._state = jax.tree.map(jnp.copy, solved.state)
+        self._state: Any = jax.tree.map(jnp.copy, solved.state)
 
     def num_to_border(self) -> int:
         """Tokens of the shortest next hop that is not the last one: to the end of the chunk."""
@@ -179,8 +184,8 @@ class FlowStream:
         Args:
           lookahead: the three tokens that follow, which the next hop begins with; None: nothing follows, the last hop.
 
-        Raises UserError for no token and ids out of range, for a hop that is not the last and does not end where a chunk
-        does, for one after the last, and for a mel that is not finite.
+        Raises UserError for no token and ids out of range, for tokens that are not those looked at before, for a hop that is
+        not the last and does not end where a chunk does, for one after the last, and for a mel that is not finite.
         """
         last = lookahead is None
         ahead = np.zeros(0, np.int32) if lookahead is None else lookahead
@@ -191,10 +196,12 @@ class FlowStream:
         count = len(tokens) - len(ahead)
         mel = voice.prompt_mel(self._streams.config)[FRAMES_PER_TOKEN * at :]
         self.has_ended = True  # unless all goes well
-        made, self._state = self._streams.solve(self._state, start, tokens, count, mel, voice, self._key)
+        state, self._state = self._state, None
+        made, state = self._streams.solve(state, start, tokens, count, mel, voice, self._key)
         made, num_before = made[len(mel) :], max(start - num_prompt, 0)
         require_finite(made, FRAMES_PER_TOKEN * num_before, self._name)
-        self._num_solved, self.has_ended = start + count, last
+        if not last:
+            self._num_solved, self.has_ended, self._state, self._ahead = start + count, False, state, ahead
         return made
 
     def _check(self, tokens: Integer[np.ndarray, " L"], ahead: Integer[np.ndarray, " ahead"], *, last: bool) -> None:
@@ -203,6 +210,15 @@ class FlowStream:
             raise UserError(f"{self._name}: has ended; start another stream for more tokens")
         require_tokens(tokens, config, self._name)
         check_tokens(ahead, config, f"{self._name}, look-ahead")
+        first = np.concatenate([tokens, ahead])[: len(self._ahead)]
+        if not np.array_equal(first, self._ahead):
+            raise UserError(
+                f"{self._name}: goes on with tokens {first.tolist()}; the hop before looked ahead at {self._ahead.tolist()}:"
+                " give the same"
+            )
+        num_given = max(self._num_solved, len(self._voice.speech_tokens)) + len(tokens)
+        if self._streams.use_official_noise:
+            require_official_noise(FRAMES_PER_TOKEN * num_given, config, self._name)
         if last:
             return
         if len(ahead) != LOOKAHEAD:

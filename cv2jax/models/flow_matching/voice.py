@@ -118,18 +118,23 @@ def start_noise(
     num_mels: int,
     *,
     official: bool,
-    name: str,
 ) -> Float[Array, "B F M"]:
-    """`frame_noise`, or the rows of the official buffer; UserError where that ends."""
+    """`frame_noise`, or the rows of the official buffer, which `require_official_noise` has to allow."""
     if not official:
         return _frame_noise(voices, requests, frames, num_prompt, num_mels)
+    return jax.device_put(official_noise()[np.asarray(frames)])
+
+
+def require_official_noise(num_frames: int, config: FlowMatchingConfig, name: str) -> None:
+    """Raises UserError for more frames, prompt included, than the official buffer has, and for other mel bins."""
+    num_mels = config.num_mels
     if num_mels != official_noise().shape[1]:
         raise UserError(f"{name}: the official noise has {official_noise().shape[1]} mel bins, the model {num_mels}")
-    if (last := int(np.max(frames))) >= OFFICIAL_FRAMES:
+    if num_frames > OFFICIAL_FRAMES:
         raise UserError(
-            f"{name}: frame {last} lies behind the official noise of {OFFICIAL_FRAMES / FRAMES_PER_SECOND:g} s; use drawn noise"
+            f"{name}: has {num_frames} frames with its prompt, the official noise {OFFICIAL_FRAMES}"
+            f" ({OFFICIAL_FRAMES / FRAMES_PER_SECOND:g} s); use drawn noise"
         )
-    return jax.device_put(official_noise()[np.asarray(frames)])
 
 
 _frame_noise = jax.jit(frame_noise, static_argnums=4)

@@ -16,7 +16,6 @@ from cv2jax.tasks import make_task
 from cv2jax.train.step import lower_step
 from tests.small_flow_run import make_small_flow_corpus, tokens_of
 
-pytestmark = pytest.mark.aot
 GIB = 2**30
 RATE = 24_000
 SECONDS = 15

@@ -66,7 +66,7 @@ class Slower:
     def __call__(self, x, t, mu, speaker, mel, sees):
         time.sleep(0.1)
         mask = MaskSpec() if sees is None else jnp.asarray(sees)[None, None]
-        inputs = {"params": self.work.params}, x, t, mu, speaker, mel, mask
+        inputs = {"params": self.work.params}, *jax.device_put((x, t, mu, speaker, mel)), mask
         return np.asarray(self.work.model.apply(*inputs, method="velocity")[0]) + np.float32(self.error)
 
 

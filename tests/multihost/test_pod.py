@@ -86,40 +86,38 @@ def test_a_bad_mesh_is_one_line_on_every_process(corpus, tmp_path):
     assert all("does not divide the 2 devices" in out and "Traceback" not in out for _, out in results)
 
 
-def test_the_packed_language_model_is_the_same_run_on_more_processes(tmp_path):
-    corpus = make_small_token_corpus(tmp_path / "tokens")
-    preset = {"preset": "text_speech_lm_tiny", "small": [*SMALL_LM, "log_every=1", "evaluate_every=3", "save_every=3"]}
+def same_runs(corpus, tmp_path, preset, small):
+    """(workdir of one process, those of two and of one that went on from their first checkpoint): the same run."""
+    options = {"preset": preset, "small": [*small, "log_every=1", "evaluate_every=3", "save_every=3"]}
     alone, pod, resumed = (tmp_path / name for name in ("alone", "pod", "resumed"))
-    run(corpus, alone, 1, 4, "num_steps=6", **preset)
-    run(corpus, pod, 2, 2, "num_steps=6", "mesh.fsdp=4", **preset)
+    run(corpus, alone, 1, 4, "num_steps=6", **options)
+    run(corpus, pod, 2, 2, "num_steps=6", "mesh.fsdp=4", **options)
     shutil.copytree(pod, resumed)
     shutil.rmtree(resumed / "checkpoints" / "6")
-    run(corpus, resumed, 1, 1, "num_steps=6", **preset)
-    theirs, (held_out, _) = lines(alone), lines(alone, "evaluate")
+    run(corpus, resumed, 1, 1, "num_steps=6", **options)
+    theirs = lines(alone)
     for workdir in (pod, resumed):
         ours = lines(workdir)
         assert [x["batch_hash"] for x in ours] == [x["batch_hash"] for x in theirs]
         np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
+    return alone, (pod, resumed)
+
+
+def test_the_packed_language_model_is_the_same_run_on_more_processes(tmp_path):
+    corpus = make_small_token_corpus(tmp_path / "tokens")
+    alone, others = same_runs(corpus, tmp_path, "text_speech_lm_tiny", SMALL_LM)
+    held_out = lines(alone, "evaluate")[0]
+    for workdir in others:
         np.testing.assert_allclose(lines(workdir, "evaluate")[0]["nll"], held_out["nll"], rtol=1e-4)
     # What is said freely is also decoded by both processes together.
-    assert {key for key in lines(pod, "evaluate")[0] if key.startswith("streamed_")} >= {"streamed_length_error"}
+    assert {key for key in lines(others[0], "evaluate")[0] if key.startswith("streamed_")} >= {"streamed_length_error"}
 
 
 def test_the_flow_is_the_same_run_on_more_processes(tmp_path):
     corpus = make_small_flow_corpus(tmp_path / "corpus")
-    small = [*SMALL_FLOW, f"data.speech_tokens={tokens_of(corpus)}", "log_every=1", "evaluate_every=3", "save_every=3"]
-    preset = {"preset": "flow_matching_tiny", "small": small}
-    alone, pod, resumed = (tmp_path / name for name in ("alone", "pod", "resumed"))
-    run(corpus, alone, 1, 4, "num_steps=6", **preset)
-    run(corpus, pod, 2, 2, "num_steps=6", "mesh.fsdp=4", **preset)
-    shutil.copytree(pod, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "6")
-    run(corpus, resumed, 1, 1, "num_steps=6", **preset)
-    theirs, held_out = lines(alone), lines(alone, "evaluate")
-    for workdir in (pod, resumed):
-        ours = lines(workdir)
-        assert [x["batch_hash"] for x in ours] == [x["batch_hash"] for x in theirs]
-        np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in theirs], rtol=1e-4)
+    small = [*SMALL_FLOW, f"data.speech_tokens={tokens_of(corpus)}"]
+    alone, others = same_runs(corpus, tmp_path, "flow_matching_tiny", small)
+    for workdir in others:
         for name in ("loss", "streamed_mel_l1", "constant_mel_l1"):
-            got, want = ([x[name] for x in found] for found in (lines(workdir, "evaluate"), held_out))
+            got, want = ([x[name] for x in lines(each, "evaluate")] for each in (workdir, alone))
             np.testing.assert_allclose(got, want, rtol=1e-3)

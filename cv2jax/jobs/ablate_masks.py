@@ -9,19 +9,19 @@ import pathlib
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from cv2jax.config import TrainConfig, UserError, load_config, override, validate
 from cv2jax.evaluation.mask_ablation import MaskTimes, draw_masks_table, masks_table
-from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD
-from cv2jax.models.flow_matching.model import FlowMatching, init_params
-from cv2jax.models.flow_matching.step import FlowState, Hop, init_state, step
-from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask
+from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
+from cv2jax.models.flow_matching.model import init_params
+from cv2jax.models.flow_matching.stream import FlowStream, FlowStreams
+from cv2jax.models.flow_matching.voice import Voice
+from cv2jax.nn.masks import NO_CHUNK, ChunkMask
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.tasks import make_task
 from cv2jax.tasks.trained import load_params
@@ -43,7 +43,12 @@ def ablate_masks(preset: str, workdir: str | pathlib.Path, *, assignments: Seque
         if assignment.split("=")[0].strip() == "model.mask_per":
             raise UserError(f"--set {assignment}: the ablation draws a mask an utterance")
     base = override(load_config(preset), assignments)
-    names = [mask_name(mask) for mask in base.model.masks]
+    if base.task != "flow_matching":
+        raise UserError(
+            f"{preset}: is a preset of {base.task}; masks are compared in the flow, give one of flow_matching"
+        )
+    base = override(base, ["model.mask_per=utterance"])
+    names = [mask.name for mask in base.model.masks]
     if len(set(names)) < 2:
         raise UserError(f"model.mask_chunks={base.model.mask_chunks}: give two different masks or more to compare")
     distances: dict[str, dict[str, float]] = {}
@@ -59,7 +64,7 @@ def ablate_masks(preset: str, workdir: str | pathlib.Path, *, assignments: Seque
         params, _ = load_params(run, task.init_params, mesh, ema=True)
         found = task.mel_distances(params, mesh, base.model.masks)
         distances[trained] = dict(zip(names, found, strict=True))
-    times = {name: time_mask(base, mask) for name, mask in zip(names, base.model.masks, strict=True)}
+    times = {name: time_mask(base.model, mask) for name, mask in zip(names, base.model.masks, strict=True)}
     caption = f"Held-out mel distance by masks: {base.num_steps} steps of {base.data.batch_seconds:g} s, one seed."
     table = masks_table(distances, times, caption)
     (workdir / "table.md").write_text(table, encoding="utf-8")
@@ -67,12 +72,6 @@ def ablate_masks(preset: str, workdir: str | pathlib.Path, *, assignments: Seque
     record = {"distances": distances, "times": {name: vars(value) for name, value in times.items()}}
     (workdir / "table.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
     return 0, table
-
-
-def mask_name(mask: ChunkMask) -> str:
-    """As tables and directories call it."""
-    kind = {NO_CHUNK: "all", 1: "causal"}.get(mask.chunk, f"chunk {mask.chunk}")
-    return kind if mask.left is None else f"{kind} left {mask.left}"
 
 
 def _variant(base: TrainConfig, names: Sequence[str], trained: str) -> TrainConfig:
@@ -87,45 +86,30 @@ def _variant(base: TrainConfig, names: Sequence[str], trained: str) -> TrainConf
     return config
 
 
-def time_mask(config: TrainConfig, mask: ChunkMask) -> MaskTimes:
+def time_mask(config: FlowMatchingConfig, mask: ChunkMask) -> MaskTimes:
     """Tokens that must be there before the first audio, and seconds that a first and a later hop of one chunk take."""
     if mask.chunk == NO_CHUNK:
         return MaskTimes(first_tokens=None, first_seconds=None, hop_seconds=None)
-    model, size = FlowMatching(config.model), mask.chunk
-    params = nn.unbox(init_params(config.model, jax.random.key(0)))
-    run = jax.jit(lambda state, hop: step(model, params, state, hop))
-    borders = -(-HISTORY_TOKENS // size) * size
-    start = init_state(config.model, 1, borders + size)
-    later = start
-    while int(later.num_tokens[0]) < borders:
-        _, later = run(later, _hop(config, mask, size))
+    params, key, size = nn.unbox(init_params(config, jax.random.key(0))), jax.random.key(0), mask.chunk
+    streams = FlowStreams(config, params, mask, hop_sizes=(size,))
+    # The prompt of a bounded mask comes out of the voice.
+    prompt = np.zeros(mask.prompt, np.int32)
+    mel = np.zeros((FRAMES_PER_TOKEN * mask.prompt, config.num_mels), np.float32)
+    voice = streams.enroll(Voice(speaker_embedding=np.ones(config.speaker_dim), speech_tokens=prompt, mel=mel))
+    first, later = [], []
+    for _ in range(NUM_TIMINGS + 1):  # the first one compiles
+        stream = streams.start(voice, key)
+        first.append(_seconds(stream, stream.num_to_border()))
+        _seconds(stream, -(-HISTORY_TOKENS // size) * size)
+        later.append(_seconds(stream, size))
     return MaskTimes(
         first_tokens=size + LOOKAHEAD,
-        first_seconds=_seconds(run, start, _hop(config, mask, size)),
-        hop_seconds=_seconds(run, later, _hop(config, mask, size)),
+        first_seconds=statistics.median(first[1:]),
+        hop_seconds=statistics.median(later[1:]),
     )
 
 
-def _hop(config: TrainConfig, mask: ChunkMask, size: int) -> Hop:
-    c, one = config.model, jnp.ones((1,), jnp.int32)
-    return Hop(
-        speech_tokens=jnp.zeros((1, size + LOOKAHEAD), jnp.int32),
-        num_tokens=size * one,
-        num_lookahead=LOOKAHEAD * one,
-        noise=jnp.zeros((1, FRAMES_PER_TOKEN * size, c.num_mels)),
-        prompt_mel=None,
-        speaker_embedding=jnp.ones((1, c.speaker_dim)),
-        chunk=mask.chunk * one,
-        left=(NO_LEFT if mask.left is None else mask.left) * one,
-        prompt=mask.prompt * one,
-    )
-
-
-def _seconds(run: Any, state: FlowState, hop: Hop) -> float:
-    """Median over NUM_TIMINGS calls behind one that compiles."""
-    took = []
-    for _ in range(NUM_TIMINGS + 1):
-        begun = time.perf_counter()
-        jax.block_until_ready(run(state, hop))
-        took.append(time.perf_counter() - begun)
-    return statistics.median(took[1:])
+def _seconds(stream: FlowStream, num_tokens: int) -> float:
+    begun = time.perf_counter()
+    stream.hop(np.zeros(num_tokens, np.int32), np.zeros(LOOKAHEAD, np.int32))
+    return time.perf_counter() - begun

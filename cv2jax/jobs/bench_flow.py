@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from cv2jax.config import load_config
-from cv2jax.jobs.bench_lm import Figure, compared, race
+from cv2jax.jobs.bench_lm import Figure, compared, matrix_rate, race, require_equal
 from cv2jax.jobs.bench_options import BenchOptions
 from cv2jax.jobs.bench_parts import describe_machine, make_measurement
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
@@ -53,6 +53,9 @@ class Workload:
     num_rows: int  # B of a training batch
     row_tokens: int  # L of it
     histories: tuple[int, int]  # seconds before a hop that sees all of them
+    matrix_size: int = 1024  # of the product that gives the rate of the machine
+    batch_sizes: tuple[int, ...] = (1,)  # of offline solves
+    dtypes: tuple[str, ...] = ("float32",)  # of solves and streams
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[Array, FlowState]]:
@@ -63,6 +66,11 @@ class Workload:
         """`solve` of (params, batch, noise) with chunks of so many tokens."""
         mask = MaskSpec(kind="chunk", rows=(ChunkMask(chunk=chunk),))
         return jax.jit(lambda params, batch, noise: solve(self.model, params, batch, noise, mask))
+
+    def in_dtype(self, dtype: str) -> "Workload":
+        """The same, computed in another type."""
+        config = dataclasses.replace(self.model.config, dtype=dtype)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, config=config, parent=None))
 
     def describe(self) -> str:
         """Size and precision, for a case."""
@@ -78,11 +86,14 @@ def make_workload(size: str) -> Workload:
     num_rows, row_tokens = (16, 100) if is_tiny else (2, 125)
     return Workload(
         name=size,
-        model=FlowMatching(config),
+        model=FlowMatching(config, impl=config.attention),
         params=jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0)),
         num_rows=num_rows if on_cpu else 64,
         row_tokens=row_tokens if on_cpu else 250,
         histories=(5, 60) if is_tiny else (5, 20),
+        matrix_size=2048 if on_cpu else 8192,
+        batch_sizes=(1,) if on_cpu else (1, 16),
+        dtypes=("float32",) if on_cpu else ("float32", "bfloat16"),
     )
 
 
@@ -213,11 +224,27 @@ def measure_flow_train(options: BenchOptions) -> list[Figure]:
     frames = FRAMES_PER_TOKEN * length
     case = f"{work.describe()}, {rows} x {frames} frames, no optimizer"
     memory: Any = program.memory_analysis()
+    rate, flops = matrix_rate(work.matrix_size, config.dtype, options.repeats), _training_flops(work, batch)
     return [
         (case, "frames/s", [rows * frames / s for s in seconds]),
+        (f"{case}, of {rate / 1e12:.3g} Tflop/s in a product", "%", [100 * flops / s / rate for s in seconds]),
         (case, "s a step", seconds),
         (f"{case}, temporaries of the program", "MB", [memory.temp_size_in_bytes / _MEGABYTE]),
     ]
+
+
+def _training_flops(work: Workload, batch: dict[str, np.ndarray]) -> float:
+    """Operations of a step: three times those of the loss, with layers unrolled, since a loop is counted once."""
+    config = dataclasses.replace(work.model.config, scan_layers=False, remat="none")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), key)
+
+    def loss(params: PyTree, batch: dict[str, Array], key: Array) -> Array:
+        draws = draw(config, key, batch["num_tokens"], batch["speech_tokens"].shape[1])
+        return flow_loss(FlowMatching(config), params, batch, draws)[0]
+
+    cost: Any = jax.jit(loss).lower(params, batch, key).cost_analysis()
+    return 3 * cost["flops"]
 
 
 def measure_flow_offline(options: BenchOptions) -> list[Figure]:
@@ -240,28 +267,40 @@ def measure_flow_offline(options: BenchOptions) -> list[Figure]:
         }
         if theirs is not None:
             runs["PyTorch"] = functools.partial(theirs, *inputs, sees)
-        _require_equal("velocities", *(run() for run in runs.values()))
+        require_equal("velocities", [run() for run in runs.values()], tolerance=_TOLERANCE)
         case = f"{work.describe()}, one call of the velocity network, 2 x {_CALL_FRAMES} frames, {name}"
         figures += compared(case, "ms", _milliseconds(race(runs, options.repeats)))
     return figures + _whole_solve(work, options)
 
 
 def _whole_solve(work: Workload, options: BenchOptions) -> list[Figure]:
-    seconds, solver = options.seconds or 10.0, work.solver(NO_CHUNK)
+    """Of rows of equal length; in another type also the mean difference that it makes to the log-mel."""
+    seconds, figures = options.seconds or 10.0, []
     request = make_request(work.model.config, round(seconds * _TOKENS_PER_SECOND))
-    fed = request.prefix(request.num_tokens)
-    run = lambda: jax.block_until_ready(solver(work.params, *fed))  # noqa: E731
-    run()
-    times = race({_OURS: run}, options.repeats)[_OURS]
-    case = f"{work.describe()}, solve of {seconds:g} s, {work.model.config.num_steps} steps, non-causal"
-    return [(case, "s", times), (case, "x realtime", [seconds / s for s in times])]
+    for num_rows in work.batch_sizes:
+        fed = jax.tree.map(lambda x, n=num_rows: jnp.repeat(x, n, axis=0), request.prefix(request.num_tokens))
+        mels: list[np.ndarray] = []
+        for each in map(work.in_dtype, work.dtypes):
+            solver = each.solver(NO_CHUNK)
+            run = lambda solver=solver, fed=fed: jax.block_until_ready(solver(work.params, *fed))  # noqa: E731
+            mels.append(jax.device_get(run()))
+            times = race({_OURS: run}, options.repeats)[_OURS]
+            steps = f"{work.model.config.num_steps} steps"
+            case = f"{each.describe()}, solve of {num_rows} x {seconds:g} s, {steps}, non-causal"
+            figures += [(case, "s", times), (case, "x realtime", [num_rows * seconds / s for s in times])]
+            if len(mels) > 1:
+                figures.append((f"{case}, off {work.dtypes[0]}", "log-mel", [float(np.abs(mels[-1] - mels[0]).mean())]))
+    return figures
 
 
 def measure_flow_stream(options: BenchOptions) -> list[Figure]:
     """A hop behind short and long histories; then an utterance in hops, against solving all of it anew for each hop."""
     work = make_workload(options.size or "tiny")
-    bounded = _measure_hop(work, options.repeats, (5, 60), is_bounded=True)
-    return bounded + _measure_hop(work, options.repeats, work.histories, is_bounded=False) + _utterance(work, options)
+    figures = []
+    for each in map(work.in_dtype, work.dtypes):
+        figures += _measure_hop(each, options.repeats, (5, 60), is_bounded=True)
+        figures += _measure_hop(each, options.repeats, work.histories, is_bounded=False) + _utterance(each, options)
+    return figures
 
 
 def _measure_hop(work: Workload, repeats: int, histories: tuple[int, int], *, is_bounded: bool) -> list[Figure]:
@@ -308,7 +347,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
 
     ends, figures = request.ends(), []
     if work.model.config.dtype == "float32":
-        _require_equal("mels", *(np.concatenate(run(ends)[1], axis=1) for run in (ours, anew)))
+        require_equal("mels", [np.concatenate(run(ends)[1], axis=1) for run in (ours, anew)], tolerance=_TOLERANCE)
     parts = {f"first hop, {_CHUNK} + {LOOKAHEAD} tokens": ends[:2], f"{seconds:g} s in {len(ends) - 1} hops": ends}
     for name, some in parts.items():
         runs = {_OURS: functools.partial(ours, some), _ANEW: functools.partial(anew, some)}
@@ -332,13 +371,6 @@ def _normal(rng: np.random.Generator, *shape: int) -> Float[np.ndarray, "..."]:
 
 def _milliseconds(times: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: [1e3 * s for s in each] for name, each in times.items()}
-
-
-def _require_equal(what: str, *values: Float[np.ndarray, "..."]) -> None:
-    """RuntimeError, instead of a comparison that means nothing, unless all sides compute the same."""
-    for value in values[1:]:
-        if not (largest := np.max(np.abs(values[0] - value))) <= _TOLERANCE:
-            raise RuntimeError(f"the {what} of the two sides differ by up to {largest:.3g}; allowed: {_TOLERANCE}")
 
 
 PARTS = {"flow-train": measure_flow_train, "flow-offline": measure_flow_offline, "flow-stream": measure_flow_stream}

@@ -84,9 +84,9 @@ def measure_lm_train(options: BenchOptions, place: pathlib.Path) -> list[Figure]
     if theirs is not None:
         runs["official"] = lambda: theirs.train_step(batch, text_head=True)
         runs["bare backbone"] = lambda: theirs.train_step(batch, text_head=False)
-    _require_equal("losses", [run() for run in runs.values()])
+    require_equal("losses", [run() for run in runs.values()])
     seconds = race(runs, options.repeats)
-    rate = _matrix_rate(work.matrix_size, work.config.backbone.dtype, options.repeats)
+    rate = matrix_rate(work.matrix_size, work.config.backbone.dtype, options.repeats)
     flops = training_flops(work, batch["positions"])
     case = f"{work.describe()}, {work.num_rows} x {batch['token'].shape[1]}, no optimizer"
     figures: list[Figure] = [
@@ -114,7 +114,7 @@ def measure_lm_decode(options: BenchOptions, place: pathlib.Path) -> list[Figure
             runs["official"] = lambda: theirs.decode(tokens[0], kinds[0], work.num_tokens)
         first = [run()[1] for run in runs.values()]
         for logits in first[1:]:
-            _require_equal("logits behind the prompt", [first[0], logits])
+            require_equal("logits behind the prompt", [first[0], logits])
         # Each run reports its own seconds: the prompt is left out.
         times = race(runs, options.repeats, clock=lambda run: run()[0])
         each = {name: [1e3 * s / work.num_tokens for s in values] for name, values in times.items()}
@@ -231,14 +231,15 @@ def compared(case: str, unit: str, values: Mapping[str, list[float]]) -> list[Fi
     return figures
 
 
-def _require_equal(what: str, values: list[Any]) -> None:
-    """Both sides have to compute the same, or the comparison means nothing."""
+def require_equal(what: str, values: list[Any], *, tolerance: float = 1e-3) -> None:
+    """Both sides have to compute the same, or the comparison means nothing; RuntimeError where they do not."""
     for value in values[1:]:
-        if not np.allclose(values[0], value, rtol=1e-3, atol=1e-3):
-            raise RuntimeError(f"the {what} of the two sides differ: {values[0]} and {value}")
+        if not np.allclose(values[0], value, rtol=tolerance, atol=tolerance):
+            largest = np.max(np.abs(np.asarray(values[0]) - np.asarray(value)))
+            raise RuntimeError(f"the {what} of the two sides differ by up to {largest:.3g}; allowed: {tolerance}")
 
 
-def _matrix_rate(size: int, dtype: str, repeats: int) -> float:
+def matrix_rate(size: int, dtype: str, repeats: int) -> float:
     """Operations a second of a large square product, the best of the repeats."""
     matrix = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: a @ b)

@@ -50,6 +50,13 @@ class ChunkMask:
         if self.chunk < 1 or (self.left or 0) < 0 or self.prompt < 0:
             raise ValueError(f"{self}: a chunk is at least 1, a left context and a prompt at least 0")
 
+    @property
+    def name(self) -> str:
+        """As tables, warnings and directories call it: "all", "causal", "chunk 25", "chunk 25 left 50 prompt 75"."""
+        kind = {NO_CHUNK: "all", 1: "causal"}.get(self.chunk, f"chunk {self.chunk}")
+        bound = "" if self.left is None else f" left {self.left}"
+        return kind + bound + (f" prompt {self.prompt}" if self.prompt else "")
+
     def scaled(self, factor: int) -> "ChunkMask":
         """The same mask where each position becomes `factor` of them."""
         return ChunkMask(

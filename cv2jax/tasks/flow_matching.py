@@ -1,7 +1,6 @@
 """The flow-matching stage: prepared audio and its speech tokens → mel on the device → velocity of chunk-aware flow."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,23 +14,21 @@ from cv2jax.audio.mel import MEL_BINS
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
-from cv2jax.evaluation.flow import FlowScore, TokenMeans
+from cv2jax.models.flow_matching.cfm import masked_mean
 from cv2jax.models.flow_matching.config import DRAWN_PROMPT, FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.features import mel_features, speaker_number, stand_in_embedding
-from cv2jax.models.flow_matching.generate import generate, offline_mask, stream_mask
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params
 from cv2jax.nn.masks import ChunkMask, length_mask
 from cv2jax.nn.splash import TILE
-from cv2jax.parallel.distributed import global_batch, to_host
-from cv2jax.parallel.sharding import computation_dtype, platform, replicated
+from cv2jax.parallel.sharding import computation_dtype, platform
+from cv2jax.tasks.heard_flow import HeardFlow
 from cv2jax.tasks.trained import load_params
 from cv2jax.train.optimizer import make_optimizer
-from cv2jax.train.state import TrainState, evaluation_params, init_train_state, restart
-from cv2jax.train.step import CompiledByShape, StepFunction, lower_evaluation, make_train_step
+from cv2jax.train.state import TrainState, init_train_state, restart
+from cv2jax.train.step import StepFunction, make_train_step
 
 MODEL_CONFIG = FlowMatchingConfig
-BASELINE_BATCHES = 256  # of training, whose mean mel a token evaluations compare with
 
 
 def make_task(config: TrainConfig) -> "FlowMatchingTask":
@@ -48,6 +45,7 @@ class FlowMatchingTask:
         speakers = data.corpus.speakers
         self._speaker_numbers = np.array([speaker_number(name) for name in speakers], np.uint32)
         self._optimizer = make_optimizer(config.optimizer, config.num_steps)
+        self._heard = HeardFlow(self.model_config, data, self.prepare, config.seed)
 
     def facts(self) -> dict[str, Any]:
         """What decides the numbers besides the config; with the checkpoint, all that synthesis needs."""
@@ -110,8 +108,13 @@ class FlowMatchingTask:
             num_slots = ready["speech_tokens"].shape[1]
             draws = draw(c, draw_key, ready["num_tokens"], num_slots, static_masks=is_static)
             value, error = flow_loss(model, params, ready, draws, dropout_key if c.encoder.dropout else None)
-            row_finite = jnp.all(jnp.isfinite(error), axis=1)
-            return value, ({"num_frames": 2 * jnp.sum(ready["num_tokens"]), "row_finite": row_finite}, model_state)
+            is_frame = length_mask(FRAMES_PER_TOKEN * ready["num_tokens"], error.shape[1])
+            metrics = {
+                "num_frames": jnp.sum(is_frame),
+                "velocity_loss": masked_mean(error, is_frame),  # without that of the prior
+                "row_finite": jnp.all(jnp.isfinite(error), axis=1),
+            }
+            return value, (metrics, model_state)
 
         return make_train_step(loss, self._optimizer)
 
@@ -132,68 +135,12 @@ class FlowMatchingTask:
         return self._data.utterance_ids(step)
 
     def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
-        """The loss of the held-out utterances by time and by mask, and the mel that is generated for their tokens."""
-        c = self.model_config
-        model = FlowMatching(c)
-
-        def judge(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            ready = self.prepare(batch)
-            # The same draws at every evaluation; a batch is known by its first row.
-            key = jax.random.fold_in(jax.random.key(self._config.seed), batch["utterance"][0])
-            draws = draw(c, key, ready["num_tokens"], ready["speech_tokens"].shape[1])
-            _, error = flow_loss(model, params, ready, draws)
-            keys = self._keys(batch)
-            return {
-                **{name: ready[name] for name in ("speech_tokens", "num_tokens")},
-                **{"error": error, "time": draws.time, "mask_index": draws.mask_index, "truth": ready["mel"]},
-                "offline": generate(model, params, ready, keys, offline_mask(c)),
-                "streamed": generate(model, params, ready, keys, stream_mask(c)),
-            }
-
-        shapes = self._data.held_out_shapes()
-        compiled = CompiledByShape("the evaluation", lambda s: lower_evaluation(judge, abstract, s, mesh), shapes)
-
-        means = functools.cache(lambda: self._token_means(mesh))  # at the first evaluation
-
-        def evaluate(state: TrainState) -> dict[str, Any]:
-            score = FlowScore(c.mask_chunks, means())
-            for size, local in self._data.judged(mesh):
-                batch = global_batch(mesh, local, size)
-                score.add(to_host(compiled.for_batch(batch)(evaluation_params(state), state.model_state, batch)))
-            return score.metrics()
-
-        return evaluate
+        """As `HeardFlow.make_evaluate`."""
+        return self._heard.make_evaluate(mesh, abstract)
 
     def mel_distances(self, params: Any, mesh: Mesh, masks: Sequence[ChunkMask]) -> list[float]:
-        """Mean |difference| between the held-out utterances' log-mel and what is generated under each mask (tokens)."""
-        model, totals, count = FlowMatching(self.model_config), np.zeros(len(masks)), 0
-
-        @functools.partial(jax.jit, out_shardings=replicated(mesh))
-        def errors(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            ready = self.prepare(batch)
-            valid = length_mask(2 * ready["num_tokens"], ready["mel"].shape[1])[..., None]
-            made = [generate(model, params, ready, self._keys(batch), mask) for mask in masks]
-            sums = [jnp.sum(jnp.where(valid, jnp.abs(mel - ready["mel"]), 0)) for mel in made]
-            return jnp.stack(sums), jnp.sum(valid) * ready["mel"].shape[2]
-
-        for size, local in self._data.judged(mesh):
-            sums, num = to_host(errors(params, global_batch(mesh, local, size)))
-            totals, count = totals + sums, count + int(num)
-        return (totals / max(count, 1)).tolist()
-
-    def _keys(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """Of each held-out utterance, always the same."""
-        return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(self._config.seed), row))(batch["utterance"])
-
-    def _token_means(self, mesh: Mesh) -> TokenMeans:
-        """Of the first batches of training, each shown once."""
-        c, plan = self.model_config, self._data.plan
-        means = TokenMeans(c.num_speech_tokens, c.num_mels)
-        ready = jax.jit(self.prepare, out_shardings=replicated(mesh))
-        for _, size, local in self._data.training(0, min(plan.num_batches, BASELINE_BATCHES), mesh):
-            shown = to_host(ready(global_batch(mesh, local, size)))
-            means.add(shown["speech_tokens"], shown["num_tokens"], shown["mel"])
-        return means
+        """As `HeardFlow.mel_distances`."""
+        return self._heard.mel_distances(params, mesh, masks)
 
 
 def _fit(config: TrainConfig, data: CorpusBatches) -> FlowMatchingConfig:

@@ -1,5 +1,6 @@
 """What a stage takes from runs that are trained already: parameters to start from or to export, a recogniser."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from jaxtyping import Integer
 
 from cv2jax.config import LoraConfig, OptimizerConfig, UserError, from_dict
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.models.flow_matching.model import init_params as init_flow_params
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.decode import transcribe_tokens
 from cv2jax.models.speech_tokenizer.model import init_model_state, init_params
@@ -104,6 +107,22 @@ def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]
     scan_layers = described["config"]["model"]["backbone"]["scan_layers"]
     backbone = facts["model"]["backbone"] | {"dtype": "float32", "remat": "none", "scan_layers": scan_layers}
     return from_dict(TextSpeechLmConfig, facts["model"] | {"backbone": backbone})
+
+
+def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[FlowMatchingConfig, Any]:
+    """(config in fp32, parameters over the mesh) of a flow's run, for `FlowStreams` and `FlowSolver`.
+
+    Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
+    is a run of another stage.
+    """
+    described = load_run(pathlib.Path(run))
+    task, facts = described["config"].get("task"), described["facts"]
+    if task != "flow_matching" or "model" not in facts:
+        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a flow_matching")
+    kept = {"dtype": "float32", "scan_layers": described["config"]["model"]["scan_layers"]}
+    config = from_dict(FlowMatchingConfig, facts["model"] | kept)
+    params, _ = load_params(run, functools.partial(init_flow_params, config), mesh, step=step, ema=True)
+    return config, params
 
 
 def find_text_tokenizer(described: dict[str, Any], run: str | os.PathLike[str], place: str = "") -> TextTokenizer:

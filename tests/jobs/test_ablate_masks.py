@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cv2jax.config import UserError, load_config, override
-from cv2jax.jobs.ablate_masks import ablate_masks, mask_name, time_mask
-from cv2jax.nn.masks import NO_CHUNK, ChunkMask
+from cv2jax.jobs.ablate_masks import ablate_masks, time_mask
+from cv2jax.nn.masks import ChunkMask
 from tests.small_flow_run import tokens_of
 from tests.tasks.test_flow_matching import SMALL, corpus  # noqa: F401
 
@@ -15,11 +15,6 @@ SETS = (*SMALL, "model.mask_chunks=(0,5)", "model.mask_lefts=(-1,-1)", "model.ma
 
 def given(corpus):  # noqa: F811
     return [*SETS, "data.num_buckets=1", f"data.corpus={corpus}", f"data.speech_tokens={tokens_of(corpus)}"]
-
-
-def test_names():
-    masks = [ChunkMask(chunk=NO_CHUNK), ChunkMask(chunk=1), ChunkMask(chunk=25), ChunkMask(chunk=25, left=50)]
-    assert [mask_name(mask) for mask in masks] == ["all", "causal", "chunk 25", "chunk 25 left 50"]
 
 
 @pytest.mark.full
@@ -44,12 +39,14 @@ def test_what_cannot_be_compared_is_refused(corpus, tmp_path):  # noqa: F811
     ):
         with pytest.raises(UserError, match=message):
             ablate_masks("flow_matching_tiny", tmp_path, assignments=[*given(corpus), *sets])
+    with pytest.raises(UserError, match=r"_tiny: is a preset of text_speech_lm; .* give one of flow_matching"):
+        ablate_masks("text_speech_lm_tiny", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_hop_of_one_chunk_takes_some_time():
     config = override(load_config("flow_matching_tiny"), list(SMALL))
-    times = time_mask(config, ChunkMask(chunk=50, left=10, prompt=3))
+    times = time_mask(config.model, ChunkMask(chunk=50, left=10, prompt=3))
     assert times.first_tokens == 53
     assert times.first_seconds > 0
     assert times.hop_seconds > 0

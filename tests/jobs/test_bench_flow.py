@@ -42,11 +42,13 @@ def test_a_part_runs_in_a_process_of_its_own() -> None:
 
 
 def test_training_is_measured() -> None:
-    (case, unit, speeds), (_, _, seconds), (_, _, memory) = bench_flow.measure_flow_train(ALONE)
+    (case, unit, speeds), (of_what, _, share), (_, _, seconds), (_, _, memory) = bench_flow.measure_flow_train(ALONE)
     assert unit == "frames/s"
     assert "2 x 38 frames" in case
     np.testing.assert_allclose(np.multiply(speeds, seconds), 76)
     assert memory[0] > 0.01
+    assert "Tflop/s in a product" in of_what
+    assert 0 < min(share) < max(share) < 100
     assert "2 x 20 frames" in bench_flow.measure_flow_train(BenchOptions(repeats=1))[0][0]
 
 
@@ -55,6 +57,17 @@ def test_a_solve_is_measured_alone() -> None:
     assert [unit for _, unit, _ in figures] == ["ms", "ms", "s", "x realtime"]
     assert ["non-causal" in case for case, _, _ in figures] == [True, False, True, True]
     np.testing.assert_allclose(np.multiply(figures[2][2], figures[3][2]), 1.5)
+
+
+def test_a_gpu_solves_batches_in_two_types(work: bench_flow.Workload) -> None:
+    work = dataclasses.replace(work, batch_sizes=(1, 3), dtypes=("float32", "bfloat16"))
+    figures = bench_flow._whole_solve(work, ALONE)
+    assert [unit for _, unit, _ in figures] == ["s", "x realtime", "s", "x realtime", "log-mel"] * 2
+    one, three = figures[4], figures[9]
+    assert "bfloat16, solve of 1 x 1.5 s" in one[0]
+    assert "solve of 3 x 1.5 s" in three[0]
+    assert 1e-4 < one[2][0] < 0.3
+    np.testing.assert_allclose(np.multiply(figures[5][2], figures[6][2]), 4.5)
 
 
 class Slower:

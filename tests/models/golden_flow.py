@@ -64,9 +64,14 @@ def small_config(**changes) -> FlowMatchingConfig:
 
 
 def random_params(config: FlowMatchingConfig, seed: int = 0):
-    """Parameters of which every one matters: biases and norms are random too."""
-    params = nn.unbox(init_params(config, jax.random.key(seed)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    """Parameters of which every one matters: biases and norms are random too. By numpy, which has nothing to compile."""
+    shapes = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def make(path, leaf):
+        kind, noise = path[-1].key, rng.standard_normal(leaf.shape, np.float32)
+        if kind == "scale":
+            return jnp.asarray(1 + 0.1 * noise)
+        return jnp.asarray(noise * (max(leaf.shape[-3:-1]) ** -0.5 if kind == "kernel" else 0.2))
+
+    return jax.tree_util.tree_map_with_path(make, shapes)

@@ -16,6 +16,7 @@ from tests.models.golden_flow import random_params, small_config
 
 CONFIG = small_config()
 PARAMS = random_params(CONFIG)
+solved = jax.jit(solve, static_argnums=0)
 
 
 def make_batch(num_tokens):
@@ -40,7 +41,7 @@ def test_the_prior_loss_is_the_distance_of_tokens_and_speaker_from_the_mel(kind)
 
     def loss(weight):
         model = FlowMatching(dataclasses.replace(config, prior_weight=weight))
-        return flow_loss(model, params, batch, draws)
+        return jax.jit(flow_loss, static_argnums=0)(model, params, batch, draws)
 
     plain, error = loss(0.0)
     with_prior, same_error = loss(3.0)
@@ -54,16 +55,24 @@ def test_the_prior_loss_is_the_distance_of_tokens_and_speaker_from_the_mel(kind)
 def test_the_temperature_scales_the_noise_where_the_solver_starts():
     batch = make_batch([5]) | {"prompt_mel": jnp.zeros((1, 10, 8))}
     noise, mask = jax.random.normal(jax.random.key(0), (1, 10, 8)), MaskSpec(kind="chunk", rows=(ChunkMask(chunk=3),))
-    run = lambda temperature, noise: solve(  # noqa: E731
+    run = lambda temperature, noise: solved(  # noqa: E731
         FlowMatching(dataclasses.replace(CONFIG, temperature=temperature)), PARAMS, batch, noise, mask
     )
     np.testing.assert_allclose(run(0.25, noise), run(1.0, 0.25 * noise), atol=1e-6)
     assert np.abs(run(1.0, noise) - run(0.25, noise)).max() > 1e-2
 
 
+def test_the_unconditioned_rows_have_the_masks_of_the_conditioned_ones():
+    batch = make_batch([5]) | {"prompt_mel": jnp.zeros((1, 10, 8))}
+    noise, masks = jax.random.normal(jax.random.key(0), (1, 10, 8)), (ChunkMask(chunk=3), ChunkMask(chunk=1))
+    run = lambda rows: solved(FlowMatching(CONFIG), PARAMS, batch, noise, MaskSpec(kind="chunk", rows=rows))  # noqa: E731
+    np.testing.assert_allclose(run(masks), run(masks[:1]), atol=1e-6)
+    assert np.abs(run(masks) - run(masks[::-1])).max() > 1e-4
+
+
 def test_tokens_that_share_digits_start_out_alike():
     config = small_config(num_speech_tokens=81)
-    table = nn.unbox(init_params(config, jax.random.key(0)))["encoder"]["token_embedding"]
+    table = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))["encoder"]["token_embedding"]
     assert float(jnp.std(table)) == pytest.approx(config.encoder.width**-0.5, rel=0.25)
     unit = table / jnp.linalg.norm(table, axis=1, keepdims=True)
     alike = np.asarray(unit @ unit.T)
@@ -76,7 +85,7 @@ def test_tokens_that_share_digits_start_out_alike():
 
 def test_tokens_may_start_out_as_official():
     config = small_config(num_speech_tokens=81, token_init="official")
-    table = nn.unbox(init_params(config, jax.random.key(0)))["encoder"]["token_embedding"]
+    table = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))["encoder"]["token_embedding"]
     assert float(jnp.std(table)) == pytest.approx(1, rel=0.1)
     alike = table @ table.T / config.encoder.width
     assert abs(float((alike - jnp.diag(jnp.diag(alike))).mean())) < 0.05

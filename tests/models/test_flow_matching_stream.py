@@ -1,6 +1,7 @@
 """Voices and requests as the caller has them: streams equal whole requests, and what cannot be done is one clear line."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 from cv2jax.config import UserError
 from cv2jax.models.flow_matching import stream as stream_module
 from cv2jax.models.flow_matching.config import LOOKAHEAD
-from cv2jax.models.flow_matching.offline import FlowSolver
+from cv2jax.models.flow_matching.model import FlowMatching
+from cv2jax.models.flow_matching.offline import FlowSolver, NotFinite
+from cv2jax.models.flow_matching.step import step
 from cv2jax.models.flow_matching.stream import FlowStreams
-from cv2jax.models.flow_matching.voice import Request, Voice
+from cv2jax.models.flow_matching.voice import Request, Voice, check_tokens
 from cv2jax.nn.masks import NO_CHUNK, ChunkMask
 from tests.models.golden_flow import random_params, small_config
 
@@ -150,6 +153,30 @@ def test_what_a_voice_cannot_be():
             streams(FULL).enroll(Voice(name="ann", **(fields | changes)))
     with pytest.raises(UserError, match="r: has no speech tokens"):
         solver(FULL)([Request(voice=voice, speech_tokens=make_tokens(0), name="r")])
+    for tokens in (np.array([1.0, 2.0]), np.array([[1, 2]])):
+        with pytest.raises(UserError, match=rf"r: speech tokens of shape {re.escape(str(tokens.shape))} and type"):
+            check_tokens(tokens, CONFIG, "r")
+
+
+def test_a_warm_stream_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(stream_module, "_ROOM", 25)
+    voice, tokens = make_voice(7), make_tokens(64)
+    compiled = jax.jit(functools.partial(step, FlowMatching(CONFIG)), donate_argnums=1)
+    these = FlowStreams(CONFIG, PARAMS, FULL, hop_sizes=(5, 40))
+    these._step = compiled
+    solved = these.enroll(voice)
+    these.warm_up(solved, len(tokens))
+    assert (count := compiled._cache_size()) == 6  # 25, 50 and 100 slots
+    assert len(hear(these.start(solved, jax.random.key(0)), tokens, 0)) == 128
+    assert compiled._cache_size() == count
+
+
+def test_batches_have_no_more_rows_than_is_allowed():
+    voice, shapes = make_voice(0), []
+    few = FlowSolver(CONFIG, PARAMS, FULL, max_rows=3, bucket=10)
+    few._solve = lambda params, batch, noise, mask: shapes.append(noise.shape) or noise
+    assert len(few([Request(voice=voice, speech_tokens=make_tokens(5))] * 5)) == 5
+    assert shapes == [(3, 20, 8), (2, 20, 8)]
 
 
 def test_a_hop_that_cannot_be_leaves_the_stream_as_it_was():
@@ -188,8 +215,14 @@ def test_a_mel_that_is_not_finite_is_reported_with_its_place():
     tokens[9] = 39  # seen by the look-ahead of token 6, in the chunk of tokens 5 … 9
     voice = make_voice(0)
     # In one solve the weights of what is masked are 0, and 0 times no number is none.
-    with pytest.raises(UserError, match=r"req: the mel is not finite from frame 0 \(0.00 s, speech token 0\) on"):
-        FlowSolver(CONFIG, broken, FULL, bucket=20)([Request(voice=voice, speech_tokens=tokens, name="req")])
+    given = {"fine": np.zeros(7, np.int32), "req": tokens}
+    requests = [Request(voice=voice, speech_tokens=ids, name=name) for name, ids in given.items()]
+    message = r"^req: the mel is not finite from frame 0 \(0.00 s, speech token 0\) on"
+    with pytest.raises(NotFinite, match=message) as found:
+        FlowSolver(CONFIG, broken, FULL, bucket=20)(requests)
+    assert "fine" not in str(found.value)
+    assert [None if mel is None else mel.shape for mel in found.value.mels] == [(14, 8), None]
+    assert np.isfinite(found.value.mels[0]).all()
     these = FlowStreams(CONFIG, broken, FULL, hop_sizes=(10,))
     stream = these.start(these.enroll(voice), jax.random.key(0), "req")
     assert np.isfinite(stream.hop(tokens[:5], tokens[5:8])).all()
@@ -211,9 +244,7 @@ def test_masks_that_were_not_trained_are_named_with_those_that_were(caplog):
     with caplog.at_level("WARNING"):
         FlowStreams(config, PARAMS, ChunkMask(chunk=7))
     [record] = caplog.records
-    assert record.getMessage() == (
-        "chunks of 7: the flow was not trained for it, only for one chunk of all tokens, chunks of 5 with 4 before them"
-    )
+    assert record.getMessage() == ("mask chunk 7: the flow was not trained for it, only for all, chunk 5 left 4")
 
 
 def test_masks_and_sizes_that_cannot_stream():

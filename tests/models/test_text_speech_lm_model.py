@@ -145,7 +145,7 @@ def test_scan_remat_and_unrolled_layers_agree(params):
     unrolled = golden_params(CONFIG)
 
     def gradient(config, params):
-        return jax.grad(lambda p: apply(p, tokens, kinds, lengths, config).logits.std())(params)
+        return jax.jit(jax.grad(lambda p: apply(p, tokens, kinds, lengths, config).logits.std()))(params)
 
     scanned = gradient(CONFIG, params)
     for change in ({"remat": "full"}, {"remat": "dots"}):

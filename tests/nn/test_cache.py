@@ -28,8 +28,8 @@ def test_pinned_positions_and_the_newest_others_are_kept(seed):
     for _ in range(6):
         size = int(rng.integers(1, 15))
         counts = rng.integers(0, size + 1, rows)
-        keys, values = entries(rng, 2, rows, size)
-        cache = append(
+        keys, values = map(np.asarray, entries(rng, 2, rows, size))
+        cache = jax.jit(append)(
             cache, keys, values, positions=positions_of(starts, counts, size), num_pinned=jnp.asarray(pinned)
         )
         for row in range(rows):
@@ -39,12 +39,12 @@ def test_pinned_positions_and_the_newest_others_are_kept(seed):
         for row in range(rows):
             others = sorted(p for p in written[row] if p >= pinned[row])[-(slots - pinned[row]) :]
             want = [p for p in written[row] if p < pinned[row]] + others
-            held = np.asarray(cache.positions[row])
+            held = np.asarray(cache.positions)[row]
             assert sorted(held[held != EMPTY].tolist()) == sorted(want)
             for slot, position in enumerate(held.tolist()):
                 if position != EMPTY:
-                    np.testing.assert_array_equal(cache.keys[:, row, :, slot], written[row][position][0])
-                    np.testing.assert_array_equal(cache.values[:, row, :, slot], written[row][position][1])
+                    np.testing.assert_array_equal(np.asarray(cache.keys)[:, row, :, slot], written[row][position][0])
+                    np.testing.assert_array_equal(np.asarray(cache.values)[:, row, :, slot], written[row][position][1])
 
 
 def test_growing_keeps_what_is_there():

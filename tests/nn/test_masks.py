@@ -157,3 +157,13 @@ def test_chunk_masks_that_cannot_be_meant():
             MaskSpec(**wrong)
     with pytest.raises(ValueError, match="without segments"):
         MaskSpec(kind="causal").scaled(2)
+
+
+def test_chunk_masks_have_names():
+    masks = [
+        ChunkMask(chunk=NO_CHUNK),
+        ChunkMask(chunk=1),
+        ChunkMask(chunk=25),
+        ChunkMask(chunk=25, left=50, prompt=75),
+    ]
+    assert [mask.name for mask in masks] == ["all", "causal", "chunk 25", "chunk 25 left 50 prompt 75"]

@@ -1,5 +1,7 @@
 """The flow task: same loss on every mesh, padding and batch mates change nothing, resume, learning, what it refuses."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,14 @@ import pytest
 from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
+from cv2jax.models.flow_matching.stream import FlowStreams
+from cv2jax.models.flow_matching.voice import Voice
+from cv2jax.nn.masks import ChunkMask
 from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.tasks import flow_matching, make_task
+from cv2jax.tasks.trained import load_flow
 from cv2jax.train.loop import train
 from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
@@ -45,6 +51,7 @@ def first_steps(config, mesh_config, num_devices, num_steps=2):
     return got
 
 
+@pytest.mark.full  # tests/multihost sees the same with every change
 def test_the_loss_is_the_same_on_every_mesh(corpus):
     config = config_of(corpus, "data.num_buckets=1")
     want = first_steps(config, MeshConfig(), 1)
@@ -97,7 +104,8 @@ def test_padding_and_batch_mates_change_no_row():
     np.testing.assert_allclose(run(alone)[1][0], error[0], atol=1e-5)
 
 
-def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(corpus, tmp_path):
+@pytest.mark.full
+def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path):
     config = config_of(corpus, "data.num_buckets=1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(make_task(config), config, whole) == 0
@@ -105,17 +113,31 @@ def test_a_killed_run_resumes_bit_for_bit_and_reports_what_it_hears(corpus, tmp_
         train(stopping_at(make_task(config), 4), config, broken)
     assert train(make_task(config), config, broken) == 0
     assert record(broken) == record(whole)
-    last = [line for line in record(whole) if line["kind"] == "evaluate"][-1]
+
+
+def test_it_learns_reports_what_is_heard_and_is_streamed(corpus, tmp_path):
+    sets = ("optimizer.learning_rate=0.02", "num_steps=30", "evaluate_every=30", "save_every=30")
+    config = config_of(corpus, "data.num_buckets=1", *sets)
+    assert train(make_task(config), config, tmp_path) == 0
+    lines = record(tmp_path)
+    steps, [last] = ([line for line in lines if line["kind"] == kind] for kind in ("train", "evaluate"))
+    losses = [line["loss"] for line in steps]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    assert all(0 < line["velocity_loss"] < line["loss"] for line in steps)  # behind it stands that of the prior
     assert last["seen_share"] > 0.5
     assert {"offline_mel_l1", "streamed_mel_l1", "streamed_difference", "offline_ratio", "streamed_ratio"} <= set(last)
     assert sum(name.startswith("loss_time_") for name in last) >= 2
+    model_config, params = load_flow(tmp_path, make_mesh(MeshConfig()))
+    assert model_config == make_task(config).model_config
+    streams = FlowStreams(model_config, params, ChunkMask(chunk=25))
+    stream = streams.start(streams.enroll(Voice(speaker_embedding=np.ones(8))), jax.random.key(0))
+    assert stream.hop(np.arange(20)).shape == (40, 80)
 
 
-def test_it_learns(corpus):
-    config = config_of(corpus, "data.num_buckets=1", "optimizer.learning_rate=0.02", "num_steps=30")
-    got = first_steps(config, MeshConfig(), 1, 30)
-    losses = [loss for loss, _ in got]
-    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+def test_a_run_of_another_stage_is_no_flow(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"task": "speech_tokenizer"}, "facts": {"model": {}}}))
+    with pytest.raises(UserError, match="is a run of speech_tokenizer; give the --workdir of a flow_matching"):
+        load_flow(tmp_path, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,8 @@ def solve(
     What lies behind a row's frames is 0, and rows do not depend on each other.
     """
     c, num_tokens = model.config, batch["num_tokens"]
+    if len(num_tokens) % max(len(mask.rows), 1):
+        mask = mask.as_data(len(num_tokens))  # the unconditioned rows behind would be dealt other masks
     masks = padded_masks(mask, num_tokens, batch["speech_tokens"].shape[1])
     frame_mask = length_mask(num_tokens * FRAMES_PER_TOKEN, noise.shape[1])[..., None]
     mu, speaker = nn.apply(lambda module: _conditions(module, batch, num_tokens, masks, deterministic=True), model)(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from cv2jax.config import UserError
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import FlowMatching, solve
 from cv2jax.models.flow_matching.voice import (
@@ -19,6 +20,14 @@ from cv2jax.models.flow_matching.voice import (
     warn_untrained,
 )
 from cv2jax.nn.masks import NO_LEFT, ChunkMask, MaskSpec
+
+
+class NotFinite(UserError):
+    """Mels that are not finite, each named with the place; `mels` has those of the other requests, None in their place."""
+
+    def __init__(self, message: str, mels: list[Float[np.ndarray, "F M"] | None]) -> None:
+        super().__init__(message)
+        self.mels = mels
 
 
 class FlowSolver:
@@ -34,7 +43,8 @@ class FlowSolver:
         bucket: int = 50,
         use_official_noise: bool = False,
     ) -> None:
-        """Compiles nothing yet: one program for each length, a multiple of `bucket` tokens, and number of rows, a power of 2.
+        """Compiles nothing yet: one program for each length, a multiple of `bucket` tokens, and number of rows, a power of 2
+        or `max_rows`.
 
         Args: as `FlowStreams`.
         """
@@ -46,7 +56,8 @@ class FlowSolver:
     def __call__(self, requests: Sequence[Request]) -> list[Float[np.ndarray, "F M"]]:
         """The log-mel of each request, 2 frames a token, without its voice's recording.
 
-        Raises UserError, before anything is solved, for what `Request.check` finds, and for a mel that is not finite.
+        Raises UserError, before anything is solved, for what `Request.check` finds, and `NotFinite`, with all other
+        requests solved, for a mel that is not finite.
         """
         for request in requests:
             request.check(self._config)
@@ -61,13 +72,22 @@ class FlowSolver:
             rows = [index for index in by_length[: self._max_rows] if self._slots(lengths[index]) == size]
             by_length = by_length[len(rows) :]
             found |= dict(zip(rows, self._batch([requests[index] for index in rows], size), strict=True))
-        return [found[index] for index in range(len(requests))]
+        mels = [found[index] for index in range(len(requests))]
+        errors = []
+        for request, mel in zip(requests, mels, strict=True):
+            try:
+                require_finite(mel, 0, request.name)
+            except UserError as error:
+                errors.append(str(error))
+        if errors:
+            raise NotFinite("; ".join(errors), [mel if np.all(np.isfinite(mel)) else None for mel in mels])
+        return mels
 
     def _slots(self, length: int) -> int:
         return -(-length // self._bucket) * self._bucket
 
     def _batch(self, requests: Sequence[Request], size: int) -> list[Float[np.ndarray, "F M"]]:
-        num_rows, c = 1 << (len(requests) - 1).bit_length(), self._config
+        num_rows, c = min(1 << (len(requests) - 1).bit_length(), self._max_rows), self._config
         rows = [*requests, *[requests[0]] * (num_rows - len(requests))]
         tokens, prompt_mel = (
             np.zeros((num_rows, size), np.int32),
@@ -91,10 +111,9 @@ class FlowSolver:
         mask = MaskSpec(kind="chunk", chunk=fixed(self._mask.chunk), left=fixed(left), prompt=num_prompt)
         solved = jax.device_get(self._solve(self._params, *jax.device_put((batch, noise, mask))))
         made = []
-        for row, request in enumerate(requests):
+        for row in range(len(requests)):
             ends = FRAMES_PER_TOKEN * num_prompt[row], FRAMES_PER_TOKEN * batch["num_tokens"][row]
             made.append(solved[row, ends[0] : ends[1]])
-            require_finite(made[-1], 0, request.name)
         return made
 
     def _noise(

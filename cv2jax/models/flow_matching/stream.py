@@ -92,6 +92,18 @@ class FlowStreams:
             require_finite(made, 0, voice.name)
         return SolvedVoice(owner=self, voice=voice, num_solved=num_solved, state=state)
 
+    def warm_up(self, solved: SolvedVoice, num_tokens: int) -> None:
+        """Compiles all that a request of up to `num_tokens` tokens behind the voice's recording needs, so that no hop waits."""
+        voice, rooms = solved.voice, [_num_slots(solved.state)]
+        while self.mask.left is None and rooms[-1] < len(voice.speech_tokens) + num_tokens:
+            rooms.append(self._room(rooms[-1] + 1, 0))
+        for room, size in itertools.product(rooms, self.hop_sizes):
+            state, tokens = init_state(self.config, 1, room), np.zeros(size, np.int32)
+            hop = self._hop(0, tokens, size, size, np.zeros((0, self.config.num_mels), np.float32), voice, voice.key)
+            jax.block_until_ready(self._step(self._params, state, hop))
+        for room, larger in itertools.pairwise(rooms):
+            grow_state(init_state(self.config, 1, room), larger)
+
     def start(self, solved: SolvedVoice, key: Key[Array, ""], name: str = "request") -> "FlowStream":
         """A stream behind the voice's recording, whose noise draws from `key`; UserError for another's voice."""
         if solved.owner is not self:

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Float, Int, Integer, Key, Shaped
 
 from cv2jax.config import UserError
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.noise import OFFICIAL_FRAMES, frame_noise, official_noise
-from cv2jax.nn.masks import NO_CHUNK, ChunkMask
+from cv2jax.nn.masks import ChunkMask
 
 FRAMES_PER_SECOND = 50
 
@@ -68,9 +68,13 @@ class Request:
         self.voice.check(config)
 
 
-def check_tokens(tokens: Integer[np.ndarray, " L"], config: FlowMatchingConfig, name: str) -> None:
-    """Raises UserError that names the first id outside the codebook."""
+def check_tokens(tokens: Shaped[np.ndarray, "..."], config: FlowMatchingConfig, name: str) -> None:
+    """Raises UserError for what are no whole numbers in a row, and one that names the first id outside the codebook."""
     tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise UserError(
+            f"{name}: speech tokens of shape {tokens.shape} and type {tokens.dtype}; give whole numbers in one row"
+        )
     outside = np.flatnonzero((tokens < 0) | (tokens >= config.num_speech_tokens))
     if len(outside):
         raise UserError(
@@ -79,11 +83,11 @@ def check_tokens(tokens: Integer[np.ndarray, " L"], config: FlowMatchingConfig, 
         )
 
 
-def require_tokens(tokens: Integer[np.ndarray, " L"], config: FlowMatchingConfig, name: str) -> None:
+def require_tokens(tokens: Shaped[np.ndarray, "..."], config: FlowMatchingConfig, name: str) -> None:
     """`check_tokens`, and UserError where there is no token at all."""
+    check_tokens(tokens, config, name)
     if not np.size(tokens):
         raise UserError(f"{name}: has no speech tokens; give it one or more")
-    check_tokens(tokens, config, name)
 
 
 def require_finite(mel: Float[np.ndarray, "F M"], first_frame: int, name: str) -> None:
@@ -99,15 +103,10 @@ def require_finite(mel: Float[np.ndarray, "F M"], first_frame: int, name: str) -
 
 def warn_untrained(config: FlowMatchingConfig, mask: ChunkMask) -> None:
     """One line in the log for a chunk or left context that training never drew, with those that it did."""
-    trained = [(each.chunk, each.left) for each in config.masks]
-    if (mask.chunk, mask.left) not in trained:
-        names = ", ".join(_mask_name(*pair) for pair in trained)
-        logging.warning("%s: the flow was not trained for it, only for %s", _mask_name(mask.chunk, mask.left), names)
-
-
-def _mask_name(chunk: int, left: int | None) -> str:
-    name = "one chunk of all tokens" if chunk >= NO_CHUNK else f"chunks of {chunk}"
-    return name if left is None else f"{name} with {left} before them"
+    trained = [dataclasses.replace(each, prompt=0).name for each in config.masks]  # any prompt will do
+    name = dataclasses.replace(mask, prompt=0).name
+    if name not in trained:
+        logging.warning("mask %s: the flow was not trained for it, only for %s", name, ", ".join(trained))
 
 
 def start_noise(

@@ -31,6 +31,7 @@ from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_para
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
 from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
+from cv2jax.nn.stack import unstack_layers
 
 _TOKENS_PER_SECOND = 25
 _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
@@ -71,6 +72,14 @@ class Workload:
         """The same, computed in another type."""
         config = dataclasses.replace(self.model.config, dtype=dtype)
         return dataclasses.replace(self, model=dataclasses.replace(self.model, config=config, parent=None))
+
+    def unrolled(self) -> "Workload":
+        """The same with each layer of the velocity network on its own: a scan of a CPU copies weights out of their stack."""
+        config = dataclasses.replace(self.model.config, scan_layers=False)
+        parts = unstack_layers(self.params["estimator"], "mid")
+        parts = {name: unstack_layers(part) if "blocks" in part else part for name, part in parts.items()}
+        model = dataclasses.replace(self.model, config=config, parent=None)
+        return dataclasses.replace(self, model=model, params=self.params | {"estimator": parts})
 
     def describe(self) -> str:
         """Size and precision, for a case."""
@@ -248,9 +257,9 @@ def _training_flops(work: Workload, batch: dict[str, np.ndarray]) -> float:
 
 
 def measure_flow_offline(options: BenchOptions) -> list[Figure]:
-    """One call of the velocity network under two masks, on a CPU beside PyTorch; the solve of an utterance."""
-    work, rng = make_workload(options.size or "tiny"), np.random.default_rng(0)
-    config = work.model.config
+    """One call of the velocity network under two masks, on a CPU beside PyTorch; the solve of utterances."""
+    scanned, rng = make_workload(options.size or "tiny"), np.random.default_rng(0)
+    work, config = scanned.unrolled(), scanned.model.config
     theirs = _pytorch(work) if options.against and jax.default_backend() == "cpu" else None
     mels, speaker = _normal(rng, 3, 2, _CALL_FRAMES, config.num_mels), _normal(rng, 2, config.num_mels)
     inputs = (mels[0], np.full(2, 0.3, np.float32), mels[1], speaker, mels[2])
@@ -268,9 +277,11 @@ def measure_flow_offline(options: BenchOptions) -> list[Figure]:
         if theirs is not None:
             runs["PyTorch"] = functools.partial(theirs, *inputs, sees)
         require_equal("velocities", [run() for run in runs.values()], tolerance=_TOLERANCE)
-        case = f"{work.describe()}, one call of the velocity network, 2 x {_CALL_FRAMES} frames, {name}"
+        case = (
+            f"{work.describe()}, one call of the velocity network, layers unrolled, 2 x {_CALL_FRAMES} frames, {name}"
+        )
         figures += compared(case, "ms", _milliseconds(race(runs, options.repeats)))
-    return figures + _whole_solve(work, options)
+    return figures + _whole_solve(scanned, options)
 
 
 def _whole_solve(work: Workload, options: BenchOptions) -> list[Figure]:

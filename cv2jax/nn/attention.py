@@ -15,6 +15,7 @@ MASKED_LOGIT = (
 )  # added, not -inf: a row without any valid key stays finite (official S3 v2 and FunASR do the same)
 
 
+MAX_SIDE_BY_SIDE = 16  # heads of all rows that are products of their own: more compile longer
 BLOCK, MAX_BLOCKS = 128, 16  # of queries, on the causal path: smaller blocks skip more, and more of them compile longer
 IMPLS = ("xla", "splash", "cudnn", "auto")
 
@@ -118,6 +119,35 @@ def _attend_heads(
     return jnp.einsum("bhts,bshc->bthc", weights, v)
 
 
+def _are_few_and_long(q: Float[Array, "B T H C"], k: Float[Array, "B S H C"]) -> bool:
+    """Whether heads are products of their own: on a CPU, and only whole ones, as parts of an array would be exchanged."""
+    few, is_long = q.shape[0] * q.shape[2] <= MAX_SIDE_BY_SIDE, min(q.shape[1], k.shape[1]) >= BLOCK
+    return few and is_long and platform() == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
+def _attend_side_by_side(
+    q: Float[Array, "B T H C"], k: Float[Array, "B S H C"], v: Float[Array, "B S H C"], mask: Array | None
+) -> Float[Array, "B T H C"]:
+    """As `_attend_heads`. XLA on a CPU runs products of their own side by side, and those of a batch one after the other.
+
+    That, and a division of the result instead of the weights, takes a third off the time.
+    """
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], *mask.shape[2:]))
+
+    def attend_one(row: int, head: int) -> Float[Array, "T C"]:
+        one = lambda x: x[row, :, head]  # noqa: E731
+        logits = _product("tc,sc->ts", one(q) * q.shape[3] ** -0.5, one(k))
+        if mask is not None:
+            logits = logits + jnp.where(mask[row, head], 0.0, MASKED_LOGIT)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        y = _product("ts,sc->tc", weights.astype(v.dtype), one(v))
+        return (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+
+    rows, heads = range(q.shape[0]), range(q.shape[2])
+    return jnp.stack([jnp.stack([attend_one(row, head) for head in heads], axis=1) for row in rows])
+
+
 def _attend_grouped(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
@@ -130,7 +160,8 @@ def _attend_grouped(
     """
     (num_rows, num_queries, num_heads, head_dim), num_kv_heads = q.shape, k.shape[2]
     if num_kv_heads == num_heads:
-        return _attend_heads(q, k, v, mask)
+        attend_all = _attend_side_by_side if _are_few_and_long(q, k) else _attend_heads
+        return attend_all(q, k, v, mask)
     groups = num_heads // num_kv_heads
     folded = q.reshape(num_rows, num_queries, num_kv_heads, groups, head_dim)
     folded = jnp.moveaxis(folded, 3, 1).reshape(num_rows, groups * num_queries, num_kv_heads, head_dim)

@@ -74,5 +74,12 @@ def stack_layers(params: dict[str, Any], name: str = "blocks") -> dict[str, Any]
     return rest | {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
+def unstack_layers(params: dict[str, Any], name: str = "blocks") -> dict[str, Any]:
+    """Turns the scanned tree `name` of `params` into the unrolled trees `name_0`, `name_1`, …: `stack_layers` back."""
+    num_layers = jax.tree.leaves(params[name])[0].shape[0]
+    rest = {key: value for key, value in params.items() if key != name}
+    return rest | {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(num_layers)}
+
+
 def _layer_number(key: str) -> int:
     return int(key.rsplit("_", 1)[1])

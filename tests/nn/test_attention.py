@@ -96,6 +96,31 @@ def test_softmax_is_float32_under_bfloat16(qkv):
     np.testing.assert_allclose(out.astype(jnp.float32), definition(*qkv), atol=0.05)
 
 
+@pytest.mark.parametrize("mask_shape", [None, (1, 1, 130, 140), (2, 3, 130, 140)])
+def test_few_long_heads_are_products_of_their_own(mask_shape, monkeypatch):
+    q, k, v = draw(2, 130, 3, 8), draw(2, 140, 3, 8, seed=1), draw(2, 140, 3, 8, seed=2)
+    mask = None if mask_shape is None else np.random.default_rng(3).random(mask_shape) < 0.4
+    run = lambda *qkv: attend(*qkv, mask=None if mask is None else jnp.asarray(mask))  # noqa: E731
+    np.testing.assert_allclose(run(q, k, v), definition(q, k, v, mask), atol=1e-5)
+    pull = jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(run(*args)))))
+    got, text = pull((q, k, v)), jax.jit(run).lower(q, k, v).as_text()
+    half = run(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), definition(q, k, v, mask), atol=0.03)
+    monkeypatch.setattr(attention, "MAX_SIDE_BY_SIDE", 5)
+    jax.clear_caches()
+    pull = jax.jit(jax.grad(lambda args: jnp.sum(jnp.sin(run(*args)))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, pull((q, k, v)))
+    assert text.count("dot_general") == 12
+    assert jax.jit(run).lower(q, k, v).as_text().count("dot_general") == 2
+
+
+def test_heads_on_a_mesh_stay_together():
+    q = draw(2, 130, 3, 8)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
+        assert jax.jit(attend).lower(q, q, q).as_text().count("dot_general") == 2
+
+
 def test_bad_arguments(qkv):
     q, k, v = qkv
     with pytest.raises(ValueError, match="known: xla"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cv2jax.nn.layers import Linear
-from cv2jax.nn.stack import apply_stack, stack_layers
+from cv2jax.nn.stack import apply_stack, stack_layers, unstack_layers
 
 
 class Block(nn.Module):
@@ -107,3 +107,10 @@ def test_unknown_policy(unrolled):
     x, params = unrolled
     with pytest.raises(ValueError, match=r"known: .*dots"):
         Model(remat="some").apply({"params": params}, x)
+
+
+def test_unstack_layers_is_the_reverse():
+    params = {f"blocks_{i}": {"a": jnp.full((2,), i)} for i in range(11)} | {"out": jnp.ones(3)}
+    again = unstack_layers(stack_layers(params))
+    assert set(again) == set(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)

@@ -151,6 +151,11 @@ def _fit(config: TrainConfig, data: CorpusBatches) -> FlowMatchingConfig:
         raise UserError(f"lora.rank={config.lora.rank}: is for the language model; set 0")
     if model.num_mels != MEL_BINS:
         raise UserError(f"model.num_mels={model.num_mels}: the features have {MEL_BINS} bins; set that")
+    if not tokens.num_codes:
+        raise UserError(
+            f"data.speech_tokens={config.data.speech_tokens}: does not say how many codes its tokenizer has; run"
+            " `cv2jax encode` again"
+        )
     if tokens.num_codes > model.num_speech_tokens:
         raise UserError(
             f"data.speech_tokens={config.data.speech_tokens}: has tokens up to {tokens.num_codes - 1}, and"

@@ -16,6 +16,7 @@ from cv2jax.tasks import make_task
 from cv2jax.train.step import lower_step
 from tests.small_flow_run import make_small_flow_corpus, tokens_of
 
+pytestmark = [pytest.mark.aot, pytest.mark.full]  # takes longer to compile than all of CI
 GIB = 2**30
 RATE = 24_000
 SECONDS = 15
@@ -31,7 +32,6 @@ def batch_of(specs, seconds, row_seconds):
     }
 
 
-@pytest.mark.full  # takes longer to compile than all of CI
 @pytest.mark.parametrize("attention", ["splash", "xla"])
 def test_the_official_step_fits_sixteen_v5e(tmp_path, attention):
     corpus = make_small_flow_corpus(tmp_path / "corpus", RATE)

@@ -78,6 +78,38 @@ def test_a_stream_is_the_whole_request_with_any_prompt(mask, num_prompt):
     assert np.abs(other - got).max() > 1e-2
 
 
+@pytest.mark.parametrize("mask", [ChunkMask(chunk=1), ChunkMask(chunk=1, left=3)], ids=lambda mask: mask.name)
+def test_a_causal_stream_ends_a_hop_anywhere(mask):
+    voice, tokens, key = make_voice(7), make_tokens(24), jax.random.key(2)
+    stream = streams(mask).start(streams(mask).enroll(voice), key)
+    assert stream.num_to_border() == 1
+    got = [stream.hop(tokens[:1], tokens[1:4]), stream.hop(tokens[1:13], tokens[13:16]), stream.hop(tokens[13:])]
+    [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
+
+
+def test_a_bounded_stream_needs_no_more_room_than_prompt_and_left_context(monkeypatch):
+    monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 1)
+    voice, tokens, key = make_voice(13), make_tokens(64), jax.random.key(4)
+    solved = streams(BOUNDED).enroll(voice)
+    assert stream_module._num_slots(solved.state) == 17
+    [want] = solver(BOUNDED)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    got = hear(streams(BOUNDED).start(solved, key), tokens, 0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_stream_in_bfloat16_is_near_the_whole_request():
+    config = small_config(dtype="bfloat16")
+    voice, tokens, key = make_voice(7), make_tokens(24), jax.random.key(2)
+    half = FlowStreams(config, PARAMS, FULL, hop_sizes=(10,))
+    [want] = FlowSolver(config, PARAMS, FULL, bucket=40)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    got = hear(half.start(half.enroll(voice), key), tokens, 0)
+    assert got.dtype == want.dtype == np.float32
+    [exact] = solver(FULL)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    # As far from each other as each is from fp32.
+    assert np.abs(got - want).mean() <= 1.5 * np.abs(exact - want).mean()
+
+
 def test_the_official_chunk_with_a_prompt_of_87_tokens():
     voice, tokens, mask, key = make_voice(87), make_tokens(70), ChunkMask(chunk=25), jax.random.key(3)
     assert FlowStreams(CONFIG, PARAMS, mask).hop_sizes == (25, 50, 100)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import MeshConfig, UserError, load_config, override
+from cv2jax.data.tokens import TokenWriter, read_speech_tokens
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
 from cv2jax.models.flow_matching.stream import FlowStreams
@@ -132,6 +133,15 @@ def test_it_learns_reports_what_is_heard_and_is_streamed(corpus, tmp_path):
     streams = FlowStreams(model_config, params, ChunkMask(chunk=25))
     stream = streams.start(streams.enroll(Voice(speaker_embedding=np.ones(8))), jax.random.key(0))
     assert stream.hop(np.arange(20)).shape == (40, 80)
+
+
+def test_tokens_of_an_unknown_codebook_are_refused(corpus, tmp_path):
+    path = tmp_path / "tokens.npz"
+    with TokenWriter(path, {"tokenizer": "abc"}) as writer:
+        for identity, tokens in read_speech_tokens(tokens_of(corpus)):
+            writer.write(identity, "a.wav", tokens, num_frames=len(tokens), seconds=1.0)
+    with pytest.raises(UserError, match="does not say how many codes its tokenizer has; run `cv2jax encode` again"):
+        make_task(config_of(corpus, f"data.speech_tokens={path}"))
 
 
 def test_a_run_of_another_stage_is_no_flow(tmp_path):

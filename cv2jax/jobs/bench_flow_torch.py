@@ -4,6 +4,7 @@ Ported: flow/decoder.py and the blocks of Matcha-TTS that it uses (spec/official
 which is faster than the official product and softmax.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,11 +20,12 @@ class OfficialEstimator:
     """The network with the weights of ours, in fp32 on the CPU.
 
     Args:
-      config: sizes. params: of our `Estimator`, scanned or not. num_threads: of PyTorch.
+      config: sizes. params: of our `Estimator`, scanned or not. num_threads: of PyTorch; 0: as many as there are cores.
     """
 
-    def __init__(self, config: EstimatorConfig, params: Mapping[str, Any], num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
+    def __init__(self, config: EstimatorConfig, params: Mapping[str, Any], num_threads: int = 0) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(num_threads or cores)
         self._config, self._params = config, params
         self._final = _conv_block(params["final"])
         self._convs = {name: _conv(params[name]) for name in ("down_conv", "up_conv")}

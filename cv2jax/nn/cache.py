@@ -5,6 +5,7 @@ at once. So the caches can stay where they are while a loop over layers or solve
 place when the caller donates them.
 """
 
+import functools
 import typing
 
 import flax.struct
@@ -99,17 +100,26 @@ def attend_cached(
 
     `scores` are added to the product of queries and keys, before that is scaled by 1/√C; logits and softmax are fp32.
     """
-    product = lambda k: jnp.einsum("bthc,bhsc->bhts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)  # noqa: E731
-    logits = jnp.concatenate([product(old[0]), product(new[0])], axis=-1)
-    if scores is not None:
-        logits = logits + scores
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + jnp.where(mask, 0.0, MASKED_LOGIT), axis=-1)
-    num_old = old[0].shape[2]
-    parts = [
-        jnp.einsum("bhts,bhsc->bthc", w.astype(v.dtype), v)
-        for w, v in ((weights[..., :num_old], old[1]), (weights[..., num_old:], new[1]))
-    ]
-    return (parts[0] + parts[1]).astype(q.dtype)
+    # The heads stand in front, or XLA on a CPU would copy keys and values to transpose a product's result; and the logits
+    # of both parts are never put together, which would copy all of them twice.
+    scale, num_old = q.shape[-1] ** -0.5, old[0].shape[2]
+    q = jax.lax.optimization_barrier(heads_first(q * scale))
+
+    def logits(k: Float[Array, "B H S C"], part: slice) -> Float[Array, "B H T S"]:
+        found = jnp.einsum("bhtc,bhsc->bhts", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        if scores is not None:
+            found = found + scores[..., part] * scale
+        return found + jnp.where(mask[..., part], 0.0, MASKED_LOGIT)
+
+    parts = logits(old[0], slice(num_old)), logits(new[0], slice(num_old, None))
+    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True, initial=MASKED_LOGIT) for x in parts))
+    total, y = jnp.zeros_like(largest), jnp.zeros_like(q, jnp.float32)
+    for x, v in zip(parts, (old[1], new[1]), strict=True):
+        weights = jnp.exp(x - largest)
+        total += jnp.sum(weights, axis=-1, keepdims=True)
+        y += jnp.einsum("bhts,bhsc->bhtc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = jax.lax.optimization_barrier((y / total).astype(q.dtype))
+    return jnp.swapaxes(y, 1, 2)
 
 
 def heads_first(x: Float[Array, "B T H C"]) -> Float[Array, "B H T C"]:

@@ -99,13 +99,18 @@ def test_sides_race_and_must_agree(work: bench_flow.Workload, monkeypatch: pytes
 
 def test_hops_are_measured_by_history_and_against_solving_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = bench_flow.measure_flow_stream(ALONE)
-    assert [unit for _, unit, _ in figures] == ["ms", "ms", "x"] * 4
+    assert [unit for _, unit, _ in figures] == ["ms", "ms", "x"] * 5
     assert all(min(values) > 0 and len(values) == 2 for _, _, values in figures)
     for (_, _, short), (_, _, long), (_, _, growth) in (figures[:3], figures[3:6]):
         np.testing.assert_allclose(growth, np.divide(long, short))
-    for (_, _, ours), (_, _, anew), (_, _, ratio) in (figures[6:9], figures[9:]):
+    for (_, _, ours), (_, _, anew), (_, _, ratio) in (figures[6:9], figures[9:12], figures[12:]):
         np.testing.assert_allclose(ratio, np.divide(anew, ours))
-    names = ("75 + 50 tokens, after 60 s", "all, after 3 s", "first hop, 25 + 3 tokens: ours", "1.5 s in 2 hops: ours")
+    names = (
+        "75 + 50 tokens, after 60 s",
+        "all, after 3 s",
+        "first hop, 25 + 3 tokens: ours",
+        "1.5 s in 2 hops of 25, 50, 100 tokens: ours",
+    )
     for (case, _, _), name in zip((figures[1], figures[4], figures[6], figures[9]), names, strict=True):
         assert case.endswith(name)
     monkeypatch.setattr(bench_flow, "_TOLERANCE", 0.0)  # both sides were compared at the tolerance
@@ -157,7 +162,7 @@ def test_pytorch_computes_the_same(scan: bool) -> None:
     official = OfficialEstimator(config.estimator, jax.device_get(params["estimator"]), 1)
     for sees in (None, ChunkMask(chunk=6, left=5).sees(places[:, None], places[None])):
         mask = MaskSpec() if sees is None else jnp.asarray(sees)[None, None]
-        ours = FlowMatching(config).apply({"params": params}, *inputs, mask, method="velocity")[0]
+        ours = FlowMatching(config).apply({"params": params}, *map(jnp.asarray, inputs), mask, method="velocity")[0]
         np.testing.assert_allclose(official(*inputs, sees), ours, atol=1e-5)
 
 

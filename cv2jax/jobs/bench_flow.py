@@ -37,8 +37,7 @@ _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt
 _PROMPT = _CACHED + LOOKAHEAD  # what a voice is solved for looks at nothing of a request
 _HOPS = (25, 50, 100)  # tokens, as upstream's runtime
 _BUCKET, _CALL_FRAMES = 200, 250  # tokens by which caches grow; of one call of the network, as in spec/official.md D
-_TOLERANCE = 1e-4  # absolute, of what both sides compute
-_MEGABYTE = 1 << 20
+_TOLERANCE, _MEGABYTE = 1e-4, 1 << 20  # absolute and relative, of what both sides compute; bytes
 _OURS, _ANEW = "ours", "all solved anew each hop"
 
 
@@ -74,6 +73,8 @@ class Workload:
 
     def unrolled(self) -> "Workload":
         """The same with each layer of the velocity network on its own: a scan of a CPU copies weights out of their stack."""
+        if not self.model.config.scan_layers:
+            return self
         config = dataclasses.replace(self.model.config, scan_layers=False)
         parts = unstack_layers(self.params["estimator"], "mid")
         parts = {name: unstack_layers(part) if "blocks" in part else part for name, part in parts.items()}

@@ -48,7 +48,8 @@ def test_training_is_measured() -> None:
     np.testing.assert_allclose(np.multiply(speeds, seconds), 76)
     assert memory[0] > 0.01
     assert "Tflop/s in a product" in of_what
-    assert 0 < min(share) < max(share) < 100
+    np.testing.assert_allclose(np.multiply(share, seconds), share[0] * seconds[0])
+    assert min(share) > 0
     assert "2 x 20 frames" in bench_flow.measure_flow_train(BenchOptions(repeats=1))[0][0]
 
 
@@ -57,6 +58,15 @@ def test_a_solve_is_measured_alone() -> None:
     assert [unit for _, unit, _ in figures] == ["ms", "ms", "s", "x realtime"]
     assert ["non-causal" in case for case, _, _ in figures] == [True, False, True, True]
     np.testing.assert_allclose(np.multiply(figures[2][2], figures[3][2]), 1.5)
+
+
+def test_layers_are_unrolled_where_they_are_not_yet(work: bench_flow.Workload) -> None:
+    unrolled = work.unrolled()
+    assert {"mid_0", "mid_1", "down"} <= set(unrolled.params["estimator"])
+    assert unrolled.unrolled() is unrolled
+    request = bench_flow.make_request(work.model.config, 6)
+    mels = [each.solver(3)(each.params, *request.prefix(6)) for each in (work, unrolled)]
+    np.testing.assert_allclose(*mels, atol=1e-5)
 
 
 def test_a_gpu_solves_batches_in_two_types(work: bench_flow.Workload) -> None:

@@ -72,14 +72,11 @@ class Workload:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, config=config, parent=None))
 
     def unrolled(self) -> "Workload":
-        """The same with each layer of the velocity network on its own: a scan of a CPU copies weights out of their stack."""
-        if not self.model.config.scan_layers:
-            return self
+        """The same with each layer on its own: a scan on a CPU copies weights out of their stack."""
         config = dataclasses.replace(self.model.config, scan_layers=False)
-        parts = unstack_layers(self.params["estimator"], "mid")
-        parts = {name: unstack_layers(part) if "blocks" in part else part for name, part in parts.items()}
+        params = unstack_layers(self.params, ("blocks", "frame_blocks", "mid"))
         model = dataclasses.replace(self.model, config=config, parent=None)
-        return dataclasses.replace(self, model=model, params=self.params | {"estimator": parts})
+        return dataclasses.replace(self, model=model, params=params)
 
     def describe(self) -> str:
         """Size and precision, for a case."""

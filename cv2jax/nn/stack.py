@@ -74,11 +74,17 @@ def stack_layers(params: dict[str, Any], name: str = "blocks") -> dict[str, Any]
     return rest | {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def unstack_layers(params: dict[str, Any], name: str = "blocks") -> dict[str, Any]:
-    """Turns the scanned tree `name` of `params` into the unrolled trees `name_0`, `name_1`, …: `stack_layers` back."""
-    num_layers = jax.tree.leaves(params[name])[0].shape[0]
-    rest = {key: value for key, value in params.items() if key != name}
-    return rest | {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(num_layers)}
+def unstack_layers(params: dict[str, Any], names: tuple[str, ...] = ("blocks",)) -> dict[str, Any]:
+    """`stack_layers` back, of every scanned tree with one of the names, stacks inside stacks too."""
+    made: dict[str, Any] = {}
+    for key, value in params.items():
+        if key in names:
+            layers = range(jax.tree.leaves(value)[0].shape[0])
+            parts = {f"{key}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in layers}
+        else:
+            parts = {key: value}
+        made |= {name: unstack_layers(part, names) if isinstance(part, dict) else part for name, part in parts.items()}
+    return made
 
 
 def _layer_number(key: str) -> int:

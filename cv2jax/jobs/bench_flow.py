@@ -28,6 +28,7 @@ from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, Flow
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params, padded_masks, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
+from cv2jax.models.flow_matching.stream import room_for
 from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
 from cv2jax.nn.stack import unstack_layers
@@ -36,7 +37,7 @@ _TOKENS_PER_SECOND = 25
 _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
 _PROMPT = _CACHED + LOOKAHEAD  # what a voice is solved for looks at nothing of a request
 _HOPS = (25, 50, 100)  # tokens, as upstream's runtime
-_BUCKET, _CALL_FRAMES = 200, 250  # tokens by which caches grow; of one call of the network, as in spec/official.md D
+_CALL_FRAMES = 250  # of one call of the network, as in spec/official.md D
 _TOLERANCE, _MEGABYTE = 1e-4, 1 << 20  # absolute and relative, of what both sides compute; bytes
 _OURS, _ANEW = "ours", "all solved anew each hop"
 
@@ -338,13 +339,13 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
     seconds, params = options.seconds or 20.0, work.params
     num_tokens = _PROMPT + round(seconds * _TOKENS_PER_SECOND)
     request, solver = make_request(work.model.config, num_tokens, _PROMPT), work.solver(_CHUNK)
-    voice = Stream(work, init_state(work.model.config, 1, _BUCKET))
+    voice = Stream(work, init_state(work.model.config, 1, room_for(_CACHED)))
     voice(request.hop(0, _CACHED))
 
     def ours(ends: list[int]) -> tuple[float, list[Any]]:
         stream = Stream(work, jax.block_until_ready(jax.tree.map(jnp.copy, voice.state)))  # its own: a step takes it
         begin = time.perf_counter()
-        mels = [stream(request.hop(*span), -(-span[1] // _BUCKET) * _BUCKET) for span in itertools.pairwise(ends)]
+        mels = [stream(request.hop(*span), room_for(span[1])) for span in itertools.pairwise(ends)]
         return time.perf_counter() - begin, mels
 
     def anew(ends: list[int]) -> tuple[float, list[Any]]:

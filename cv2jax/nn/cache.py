@@ -11,11 +11,14 @@ import typing
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cv2jax.nn.attention import MASKED_LOGIT
+from cv2jax.parallel.sharding import platform
 
 KeysValues = tuple[Array, Array]
+_SHARES = 8  # of a cache's slots, into which it is filled
 EMPTY = -1  # position of a slot that holds nothing, and of an input that only fills a shape
 
 
@@ -32,12 +35,14 @@ class KeyValueCache:
     values: Float[Array, "N B H S C"]
     positions: Int[Array, "B S"]
 
-    def layer(self, index: int | Int[Array, ""]) -> KeysValues:
-        """Keys and values [B H S C] of one layer."""
-        return (
-            jax.lax.dynamic_index_in_dim(self.keys, index, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.values, index, keepdims=False),
-        )
+    def layer(self, index: int | Int[Array, ""], num_slots: int) -> KeysValues:
+        """Keys and values [B H S C] of the first slots of one layer."""
+
+        def of_layer(stacked: Float[Array, "N B H S C"]) -> Float[Array, "B H S C"]:
+            _, *rows_heads, _, head_dim = stacked.shape
+            return jax.lax.dynamic_slice(stacked, (index, 0, 0, 0, 0), (1, *rows_heads, num_slots, head_dim))[0]
+
+        return of_layer(self.keys), of_layer(self.values)
 
 
 def init_cache(
@@ -57,28 +62,67 @@ def append(
     positions: Int[Array, "B T"],
     num_pinned: Int[Array, " B"],
 ) -> KeyValueCache:
-    """Writes the entries of T positions, rising along a row; EMPTY ones are left out.
+    """Writes the entries of T positions, of a row the next ones without a gap and EMPTY behind them; those are left out.
 
     The first `num_pinned` positions of a row keep a slot each; all others share the rest, where the newest takes the
     place of the oldest.
     """
-    num_slots = cache.positions.shape[1]
-    pinned = num_pinned[:, None]
+    num_slots, slots = cache.positions.shape[1], jnp.arange(cache.positions.shape[1])
+    pinned, start = num_pinned[:, None], positions[:, :1]
+    end = start + jnp.sum(positions != EMPTY, axis=1, keepdims=True)
     ring = jnp.maximum(num_slots - pinned, 1)
-    slots = jnp.where(positions < pinned, positions, pinned + (positions - pinned) % ring)
-    # Of positions that share a slot the last one wins, whatever order the scatter takes.
-    overwritten = (positions >= pinned) & (positions <= jnp.max(positions, axis=1, keepdims=True) - ring)
-    slots = jnp.where((positions == EMPTY) | overwritten, num_slots, slots)
+    newest = end - 1 - (end - 1 - slots) % ring  # that a shared slot may hold now
+    held = jnp.where(slots < pinned, slots, newest)
+    is_new = (held >= start) & (held < end) & ((slots < pinned) | (held >= pinned))
+    written = cache.keys, cache.values
+    for row in range(positions.shape[0]):
+        written = _write_row(written, (keys, values), row, start[row, 0], num_pinned[row], held[row], is_new[row])
+    return KeyValueCache(keys=written[0], values=written[1], positions=jnp.where(is_new, held, cache.positions))
 
-    def write(row: Array, new: Array, at: Int[Array, " T"]) -> Array:
-        return row.at[..., at, :].set(new.astype(row.dtype), mode="drop", unique_indices=True)
 
-    over_rows = jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
-    return KeyValueCache(
-        keys=over_rows(cache.keys, keys, slots),
-        values=over_rows(cache.values, values, slots),
-        positions=jax.vmap(lambda row, new, at: row.at[at].set(new, mode="drop"))(cache.positions, positions, slots),
-    )
+def _write_row(
+    caches: KeysValues,
+    new: KeysValues,
+    row: int,
+    start: Int[Array, ""],
+    num_pinned: Int[Array, ""],
+    held: Int[Array, " S"],
+    is_new: Bool[Array, " S"],
+) -> KeysValues:
+    """Not one scatter for all rows: XLA would copy the caches to bring their slots to the front, and back.
+
+    Nor conditions, whose branches copy them too: loops of no or one pass.
+    """
+    num_slots, length = caches[0].shape[3], new[0].shape[3]
+    size = min(length, num_slots)
+    ring = jnp.maximum(num_slots - num_pinned, 1)
+    first = jnp.where(start < num_pinned, start, num_pinned + (start - num_pinned) % ring)
+
+    def put(old: Float[Array, "N B H S C"], new: Float[Array, "N 1 H T C"], at: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, row, 0, at, 0))
+
+    def put_all(_: Int[Array, ""], caches: KeysValues) -> KeysValues:
+        keys, values = (put(old, x[:, row : row + 1], start) for old, x in zip(caches, new, strict=True))
+        return keys, values
+
+    def put_window(window: Int[Array, ""], caches: KeysValues) -> KeysValues:
+        """What changes of `size` slots; where the ring closes, the rest lies in a second window."""
+        at = jnp.minimum(jnp.where(window == 0, first, num_pinned), num_slots - size)
+        taken, changes = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (held - start, is_new))
+
+        def merge(old: Float[Array, "N B H S C"], new: Float[Array, "N B H T C"]) -> Float[Array, "N B H S C"]:
+            kept = jax.lax.dynamic_slice(old, (0, row, 0, at, 0), (*old.shape[:1], 1, old.shape[2], size, old.shape[4]))
+            found = jnp.take(new[:, row : row + 1], taken, axis=3, mode="clip")
+            return put(old, jnp.where(changes[:, None], found.astype(old.dtype), kept), at)
+
+        return merge(caches[0], new[0]), merge(caches[1], new[1])
+
+    has_any, fits = start != EMPTY, start + length <= num_slots
+    if length <= num_slots:
+        # As they are while no position has lost its slot: those behind the row's own hold nothing.
+        caches = jax.lax.fori_loop(0, (has_any & fits).astype(int), put_all, caches)
+    num_windows = jnp.where(first + length > num_slots, 2, 1)
+    return jax.lax.fori_loop(0, jnp.where(has_any & ~fits, num_windows, 0), put_window, caches)
 
 
 def grow(cache: KeyValueCache, num_slots: int) -> KeyValueCache:
@@ -92,17 +136,18 @@ def grow(cache: KeyValueCache, num_slots: int) -> KeyValueCache:
 def attend_cached(
     q: Float[Array, "B T H C"],
     new: KeysValues,
-    old: KeysValues,
+    cache: KeyValueCache,
+    layer: int | Int[Array, ""],
     mask: Bool[Array, "#B #H T keys"],
     scores: Float[Array, "B H T keys"] | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Attention over the cached keys and values [B H S C] and, behind them, the new ones [B H T C]: S + T keys.
+    """Attention over the S cached keys of a layer and, behind them, the new ones [B H T C]: S + T keys.
 
     `scores` are added to the product of queries and keys, before that is scaled by 1/√C; logits and softmax are fp32.
     """
     # The heads stand in front, or XLA on a CPU would copy keys and values to transpose a product's result; and the logits
     # of both parts are never put together, which would copy all of them twice.
-    scale, num_old = q.shape[-1] ** -0.5, old[0].shape[2]
+    scale, num_slots = q.shape[-1] ** -0.5, cache.positions.shape[1]
     q = jax.lax.optimization_barrier(heads_first(q * scale))
 
     def logits(k: Float[Array, "B H S C"], part: slice) -> Float[Array, "B H T S"]:
@@ -111,15 +156,27 @@ def attend_cached(
             found = found + scores[..., part] * scale
         return found + jnp.where(mask[..., part], 0.0, MASKED_LOGIT)
 
-    parts = logits(old[0], slice(num_old)), logits(new[0], slice(num_old, None))
-    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True, initial=MASKED_LOGIT) for x in parts))
-    total, y = jnp.zeros_like(largest), jnp.zeros_like(q, jnp.float32)
-    for x, v in zip(parts, (old[1], new[1]), strict=True):
-        weights = jnp.exp(x - largest)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        y += jnp.einsum("bhts,bhsc->bhtc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    y = jax.lax.optimization_barrier((y / total).astype(q.dtype))
-    return jnp.swapaxes(y, 1, 2)
+    def attend_first(size: int) -> Float[Array, "B H T C"]:
+        old = cache.layer(layer, size)
+        parts = logits(old[0], slice(size)), logits(new[0], slice(num_slots, None))
+        largest = functools.reduce(
+            jnp.maximum, (jnp.max(x, axis=-1, keepdims=True, initial=MASKED_LOGIT) for x in parts)
+        )
+        total, y = jnp.zeros_like(largest), jnp.zeros_like(q, jnp.float32)
+        for x, v in zip(parts, (old[1], new[1]), strict=True):
+            weights = jnp.exp(x - largest)
+            total += jnp.sum(weights, axis=-1, keepdims=True)
+            y += jnp.einsum("bhts,bhsc->bhtc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (y / total).astype(q.dtype)
+
+    # Slots that are still empty cost nothing; not on a GPU, which would wait for the host to choose.
+    shares = _SHARES if platform() == "cpu" else 1
+    sizes = sorted({-(-num_slots * share // shares) for share in range(1, shares + 1)})
+    used = jnp.max(jnp.where(cache.positions == EMPTY, 0, 1 + jnp.arange(num_slots)))
+    y = jax.lax.switch(
+        jnp.searchsorted(np.array(sizes), used), [functools.partial(attend_first, size) for size in sizes]
+    )
+    return jnp.swapaxes(jax.lax.optimization_barrier(y), 1, 2)
 
 
 def heads_first(x: Float[Array, "B T H C"]) -> Float[Array, "B H T C"]:

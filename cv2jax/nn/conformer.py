@@ -92,7 +92,7 @@ class RelativeAttention(nn.Module):
             )
             scores = jnp.einsum("bthd,bsd->bhts", turned, context.keys)
             entries = (heads_first(k), heads_first(v))
-            y = attend_cached(q, entries, context.cache.layer(layer), context.mask, scores)
+            y = attend_cached(q, entries, context.cache, layer, context.mask, scores)
         y = constrain(y, "batch", "length", "act_heads", None)
         out = Linear((*shape[1:], self.width), (*axes[1:], "embed"), num_input_axes=2, dtype=self.dtype, name="out")
         return out(y), entries

@@ -1,5 +1,7 @@
 """Ring caches against a list of what was written, and attention over them against attention over everything."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,10 +65,21 @@ def test_growing_keeps_what_is_there():
     assert grow(large, 4).positions.shape == (2, 5)
 
 
-def test_attention_over_old_and_new_keys_is_attention_over_all():
-    q, k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 3, 4)), jnp.float32) for _ in range(3))
-    mask = jnp.asarray(np.random.default_rng(2).random((2, 1, 8, 8)) < 0.6) | jnp.eye(8, dtype=bool)
-    new, old = ([heads_first(x)[:, :, part] for x in (k, v)] for part in (slice(5, 8), slice(0, 5)))
+@pytest.mark.parametrize("num_old", [0, 1, 3, 4, 6, 11])
+def test_attention_over_old_and_new_keys_is_attention_over_all(num_old):
+    rng, num_new, num_slots = np.random.default_rng(num_old), 3, 11
+    q, k, v = (jnp.asarray(rng.normal(size=(2, num_old + num_new, 3, 4)), jnp.float32) for _ in range(3))
+    mask = jnp.asarray(rng.random((2, 1, num_new, num_old + num_new)) < 0.6)
+    mask = mask.at[..., num_old:].set(mask[..., num_old:] | jnp.eye(num_new, dtype=bool))
+    cache = init_cache(2, 2, 3, num_slots, 4, "float32")
+    # What slots hold that no position has is never seen, whatever it is.
+    junk = jnp.asarray(rng.normal(size=cache.keys.shape), jnp.float32)
+    keys, values = (junk.at[1, :, :, :num_old].set(heads_first(x)[:, :, :num_old]) for x in (k, v))
+    positions = jnp.where(jnp.arange(num_slots) < num_old, jnp.arange(num_slots), EMPTY)
+    cache = dataclasses.replace(cache, keys=keys, values=values, positions=jnp.tile(positions, (2, 1)))
+    seen = jnp.concatenate([mask[..., :num_old], jnp.zeros((2, 1, num_new, num_slots - num_old), bool)], axis=-1)
+    seen = jnp.concatenate([seen, mask[..., num_old:]], axis=-1)
+    new = tuple(heads_first(x)[:, :, num_old:] for x in (k, v))
     with jax.default_matmul_precision("highest"):
-        got = attend_cached(q, tuple(new), tuple(old), mask)
-        np.testing.assert_allclose(got, attend(q, k, v, mask=mask), atol=1e-5)
+        got = jax.jit(attend_cached)(q[:, num_old:], new, cache, jnp.array(1), seen)
+        np.testing.assert_allclose(got, attend(q[:, num_old:], k, v, mask=mask), atol=1e-5)

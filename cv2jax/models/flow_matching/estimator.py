@@ -108,7 +108,7 @@ class TransformerBlock(nn.Module):
             y, entries = attend(q, k, v, mask=context.mask, impl=self.impl), None
         else:
             entries = (heads_first(k), heads_first(v))
-            y = attend_cached(q, entries, context.cache.layer(layer), context.mask)
+            y = attend_cached(q, entries, context.cache, layer, context.mask)
         options: dict[str, Any] = {"num_input_axes": 2, "init_scale": _BRANCH_SCALE, "dtype": self.dtype}
         x = x + Linear((*shape[1:], c.width), (*axes[1:], "embed"), name="out", **options)(y)
         mlp = FeedForward(c.width, c.mlp_ratio * c.width, dtype=self.dtype, out_scale=_BRANCH_SCALE, name="mlp")

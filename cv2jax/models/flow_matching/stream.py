@@ -171,7 +171,7 @@ class FlowStreams:
         """Slots, in tokens, of caches that hold so many tokens; of bounded ones that keep the prompt and the left context."""
         if self.mask.left is not None:
             return -(-max(num_prompt + self.mask.left, 1) // _BOUNDED_ROOM) * _BOUNDED_ROOM
-        return next(_ROOM << power for power in itertools.count() if _ROOM << power >= num_tokens)
+        return room_for(num_tokens)
 
 
 class FlowStream:
@@ -242,6 +242,11 @@ class FlowStream:
                 f"{self._name}: a hop of {len(tokens)} tokens ends inside a chunk, counted from the start of the prompt;"
                 f" give {self.num_to_border()}, or a multiple of {chunk} more, or all that are left as the last hop"
             )
+
+
+def room_for(num_tokens: int) -> int:
+    """Slots, in tokens, of caches without a bound that hold so many tokens."""
+    return next(_ROOM << power for power in itertools.count() if _ROOM << power >= num_tokens)
 
 
 @functools.cache

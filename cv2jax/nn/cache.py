@@ -1,10 +1,11 @@
 """Key/value caches of a stream: rings of slots that know which position they hold, and attention over them.
 
-A step reads the caches and hands out the keys and values of its own positions only; `append` writes those of all layers
-at once. So the caches can stay where they are while a loop over layers or solver steps reads them, and are updated in
-place when the caller donates them.
+A step reads the caches and hands out the keys and values of its own positions only; `write` puts those of many layers
+into them at once. So the caches stay where they are while a loop over layers reads them, and are updated in place when the
+caller donates them.
 """
 
+import dataclasses
 import functools
 import typing
 
@@ -54,15 +55,27 @@ def init_cache(
     return KeyValueCache(keys=zeros(), values=zeros(), positions=jnp.full((batch_size, num_slots), EMPTY, jnp.int32))
 
 
-def append(
-    cache: KeyValueCache,
-    keys: Float[Array, "N B H T C"],
-    values: Float[Array, "N B H T C"],
-    *,
-    positions: Int[Array, "B T"],
-    num_pinned: Int[Array, " B"],
-) -> KeyValueCache:
-    """Writes the entries of T positions, of a row the next ones without a gap and EMPTY behind them; those are left out.
+@typing.no_type_check  # a pytree node also holds shapes or shardings, which are no arrays
+@flax.struct.dataclass(kw_only=True)
+class Slots:
+    """Where the entries of T positions go.
+
+    Attributes:
+      start: [B], the first of a row's positions, EMPTY if it has none. first: [B], its slot.
+      num_pinned: [B]. fits: [B], whether no slot has been shared before T more are written.
+      positions: [B S], of the cache behind them. is_new: [B S], which of those are among them.
+    """
+
+    start: Int[Array, " B"]
+    first: Int[Array, " B"]
+    num_pinned: Int[Array, " B"]
+    fits: Bool[Array, " B"]
+    positions: Int[Array, "B S"]
+    is_new: Bool[Array, "B S"]
+
+
+def find_slots(cache: KeyValueCache, positions: Int[Array, "B T"], num_pinned: Int[Array, " B"]) -> Slots:
+    """Slots for T positions: of a row the next ones without a gap and EMPTY behind them, which get none.
 
     The first `num_pinned` positions of a row keep a slot each; all others share the rest, where the newest takes the
     place of the oldest.
@@ -74,55 +87,66 @@ def append(
     newest = end - 1 - (end - 1 - slots) % ring  # that a shared slot may hold now
     held = jnp.where(slots < pinned, slots, newest)
     is_new = (held >= start) & (held < end) & ((slots < pinned) | (held >= pinned))
-    written = cache.keys, cache.values
-    for row in range(positions.shape[0]):
-        written = _write_row(written, (keys, values), row, start[row, 0], num_pinned[row], held[row], is_new[row])
-    return KeyValueCache(keys=written[0], values=written[1], positions=jnp.where(is_new, held, cache.positions))
+    return Slots(
+        start=start[:, 0],
+        first=jnp.where(start < pinned, start, pinned + (start - pinned) % ring)[:, 0],
+        num_pinned=num_pinned,
+        fits=start[:, 0] + positions.shape[1] <= num_slots,
+        positions=jnp.where(is_new, held, cache.positions),
+        is_new=is_new,
+    )
 
 
-def _write_row(
-    caches: KeysValues,
-    new: KeysValues,
-    row: int,
-    start: Int[Array, ""],
-    num_pinned: Int[Array, ""],
-    held: Int[Array, " S"],
-    is_new: Bool[Array, " S"],
-) -> KeysValues:
-    """Not one scatter for all rows: XLA would copy the caches to bring their slots to the front, and back.
+def write(cache: KeyValueCache, entries: KeysValues, slots: Slots, first_layer: int | Int[Array, ""]) -> KeyValueCache:
+    """The keys and values [layers B H T C] of some layers, in place; `positions` remain those before them.
 
-    Nor conditions, whose branches copy them too: loops of no or one pass.
+    Not a scatter: XLA would copy the caches to bring their slots to the front, and back. Nor conditions, whose branches copy
+    them too: loops of no or one pass.
     """
-    num_slots, length = caches[0].shape[3], new[0].shape[3]
+    caches, num_slots, length = (cache.keys, cache.values), cache.keys.shape[3], entries[0].shape[3]
     size = min(length, num_slots)
-    ring = jnp.maximum(num_slots - num_pinned, 1)
-    first = jnp.where(start < num_pinned, start, num_pinned + (start - num_pinned) % ring)
 
-    def put(old: Float[Array, "N B H S C"], new: Float[Array, "N 1 H T C"], at: Int[Array, ""]) -> Array:
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, row, 0, at, 0))
+    def put(old: Float[Array, "N B H S C"], new: Float[Array, "layers 1 H _ C"], row: int, at: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (first_layer, row, 0, at, 0))
 
-    def put_all(_: Int[Array, ""], caches: KeysValues) -> KeysValues:
-        keys, values = (put(old, x[:, row : row + 1], start) for old, x in zip(caches, new, strict=True))
+    def put_all(row: int, _: Int[Array, ""], caches: KeysValues) -> KeysValues:
+        """As they are, while no position has lost its slot: those behind the row's own hold nothing."""
+        keys, values = (
+            put(old, new[:, row : row + 1], row, slots.start[row]) for old, new in zip(caches, entries, strict=True)
+        )
         return keys, values
 
-    def put_window(window: Int[Array, ""], caches: KeysValues) -> KeysValues:
+    def put_window(row: int, window: Int[Array, ""], caches: KeysValues) -> KeysValues:
         """What changes of `size` slots; where the ring closes, the rest lies in a second window."""
-        at = jnp.minimum(jnp.where(window == 0, first, num_pinned), num_slots - size)
-        taken, changes = (jax.lax.dynamic_slice_in_dim(x, at, size) for x in (held - start, is_new))
+        at = jnp.minimum(jnp.where(window == 0, slots.first[row], slots.num_pinned[row]), num_slots - size)
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x[row], at, size)  # noqa: E731
+        taken, changes = part(slots.positions) - slots.start[row], part(slots.is_new)[:, None]
 
-        def merge(old: Float[Array, "N B H S C"], new: Float[Array, "N B H T C"]) -> Float[Array, "N B H S C"]:
-            kept = jax.lax.dynamic_slice(old, (0, row, 0, at, 0), (*old.shape[:1], 1, old.shape[2], size, old.shape[4]))
-            found = jnp.take(new[:, row : row + 1], taken, axis=3, mode="clip")
-            return put(old, jnp.where(changes[:, None], found.astype(old.dtype), kept), at)
+        def merge(old: Float[Array, "N B H S C"], new: Float[Array, "layers B H T C"]) -> Float[Array, "N B H S C"]:
+            new, place = new[:, row : row + 1], (first_layer, row, 0, at, 0)
+            kept = jax.lax.dynamic_slice(old, place, (*new.shape[:3], size, new.shape[4]))
+            found = jnp.take(new, taken, axis=3, mode="clip").astype(old.dtype)
+            return put(old, jnp.where(changes, found, kept), row, at)
 
-        return merge(caches[0], new[0]), merge(caches[1], new[1])
+        return merge(caches[0], entries[0]), merge(caches[1], entries[1])
 
-    has_any, fits = start != EMPTY, start + length <= num_slots
-    if length <= num_slots:
-        # As they are while no position has lost its slot: those behind the row's own hold nothing.
-        caches = jax.lax.fori_loop(0, (has_any & fits).astype(int), put_all, caches)
-    num_windows = jnp.where(first + length > num_slots, 2, 1)
-    return jax.lax.fori_loop(0, jnp.where(has_any & ~fits, num_windows, 0), put_window, caches)
+    for row in range(cache.positions.shape[0]):
+        has_any, fits = slots.start[row] != EMPTY, slots.fits[row]
+        if length <= num_slots:
+            passes = (has_any & fits).astype(int)
+            caches = jax.lax.fori_loop(0, passes, functools.partial(put_all, row), caches)
+        passes = jnp.where(slots.first[row] + length > num_slots, 2, 1)
+        passes = jnp.where(has_any & ~fits, passes, 0)
+        caches = jax.lax.fori_loop(0, passes, functools.partial(put_window, row), caches)
+    return KeyValueCache(keys=caches[0], values=caches[1], positions=cache.positions)
+
+
+def append(
+    cache: KeyValueCache, entries: KeysValues, *, positions: Int[Array, "B T"], num_pinned: Int[Array, " B"]
+) -> KeyValueCache:
+    """Writes the keys and values [N B H T C] of T positions, as `find_slots` describes."""
+    slots = find_slots(cache, positions, num_pinned)
+    return dataclasses.replace(write(cache, entries, slots, 0), positions=slots.positions)
 
 
 def grow(cache: KeyValueCache, num_slots: int) -> KeyValueCache:
@@ -131,6 +155,14 @@ def grow(cache: KeyValueCache, num_slots: int) -> KeyValueCache:
     pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0)))  # noqa: E731
     positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=EMPTY)
     return KeyValueCache(keys=pad(cache.keys), values=pad(cache.values), positions=positions)
+
+
+def refill(used: KeyValueCache, cache: KeyValueCache) -> KeyValueCache:
+    """`cache` in the memory of one with as many slots or more, if that is donated; as `grow`."""
+    more = used.positions.shape[1] - cache.positions.shape[1]
+    put = lambda into, x: jax.lax.dynamic_update_slice(into, x, (0,) * x.ndim)  # noqa: E731
+    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=EMPTY)
+    return KeyValueCache(keys=put(used.keys, cache.keys), values=put(used.values, cache.values), positions=positions)
 
 
 def attend_cached(

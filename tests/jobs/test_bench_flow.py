@@ -140,7 +140,7 @@ def test_a_filled_state_has_the_places_of_a_stream(num_tokens: int, num_slots: i
         for start, end in itertools.pairwise(range(0, num_tokens + 25, 25)):
             new = jnp.zeros((layers, rows, heads, (end - start) * rate, channels))
             places = jnp.tile(jnp.arange(rate * start, rate * end), (rows, 1))
-            cache = append(cache, new, new, positions=places, num_pinned=jnp.full(rows, rate * num_pinned))
+            cache = append(cache, (new, new), positions=places, num_pinned=jnp.full(rows, rate * num_pinned))
         np.testing.assert_array_equal(filled.positions, cache.positions)
         assert filled.keys.shape == cache.keys.shape
         assert min(float(jnp.std(filled.keys)), float(jnp.std(filled.values))) > 0.5

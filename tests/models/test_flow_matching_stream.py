@@ -129,7 +129,8 @@ def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
     voice, tokens, key = make_voice(7), make_tokens(64), jax.random.key(0)
     rooms = {}
     for mask in (FULL, BOUNDED):
-        stream = streams(mask).start(streams(mask).enroll(voice), key)
+        these = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,))
+        stream = these.start(these.enroll(voice), key)
         first = stream.hop(tokens[:58], tokens[58:61])
         rooms[mask] = stream_module._num_slots(stream._state)
         got = np.concatenate([first, stream.hop(tokens[58:])])
@@ -201,6 +202,24 @@ def test_a_warm_stream_compiles_nothing(monkeypatch):
     assert (count := compiled._cache_size()) == 6  # 25, 50 and 100 slots
     assert len(hear(these.start(solved, jax.random.key(0)), tokens, 0)) == 128
     assert compiled._cache_size() == count
+
+
+@pytest.mark.parametrize("mask", [FULL, BOUNDED], ids=["full", "bounded"])
+def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
+    monkeypatch.setattr(stream_module, "_ROOM", 25)
+    monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 10)
+    these, key = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,)), jax.random.key(3)
+    lengths = (60, 7, 30)  # the second one in what the first one has grown
+    for voice, length in zip((make_voice(n, n) for n in (12, 0, 13)), lengths, strict=True):
+        solved, tokens = these.enroll(voice), make_tokens(length)
+        taken, other = these.start(solved, key), these.start(solved, key)  # two at once do not share any
+        [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+        for stream in (taken, other):
+            np.testing.assert_allclose(hear(stream, tokens, length), want, rtol=0, atol=1e-4)
+        free = these._ended[-1].cache.keys
+        again = these.start(solved, key)
+        assert free.is_deleted()
+        np.testing.assert_allclose(hear(again, tokens, 0), want, rtol=0, atol=1e-4)
 
 
 def test_batches_have_no_more_rows_than_is_allowed():

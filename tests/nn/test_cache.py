@@ -32,7 +32,7 @@ def test_pinned_positions_and_the_newest_others_are_kept(seed):
         counts = rng.integers(0, size + 1, rows)
         keys, values = map(np.asarray, entries(rng, 2, rows, size))
         cache = jax.jit(append)(
-            cache, keys, values, positions=positions_of(starts, counts, size), num_pinned=jnp.asarray(pinned)
+            cache, (keys, values), positions=positions_of(starts, counts, size), num_pinned=jnp.asarray(pinned)
         )
         for row in range(rows):
             for i in range(counts[row]):
@@ -54,8 +54,7 @@ def test_growing_keeps_what_is_there():
     keys, values = entries(rng, 1, 2, 3)
     small = append(
         init_cache(1, 2, 2, 3, 3, "float32"),
-        keys,
-        values,
+        (keys, values),
         positions=jnp.array([[0, 1, 2]] * 2),
         num_pinned=jnp.zeros(2, int),
     )

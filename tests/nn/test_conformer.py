@@ -64,7 +64,7 @@ def test_steps_are_the_whole_wherever_they_start(setup, first):
             {"params": params}, x[:, start:stop], jnp.int32(0), True, step_context(mask, at, cache, WIDTH)
         )
         # Slots go by position modulo their number, so a stream may start anywhere.
-        cache = jax.jit(append)(cache, keys[None], values[None], positions=at, num_pinned=jnp.zeros(2, jnp.int32))
+        cache = jax.jit(append)(cache, (keys[None], values[None]), positions=at, num_pinned=jnp.zeros(2, jnp.int32))
         got.append(part)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, atol=1e-5)
 

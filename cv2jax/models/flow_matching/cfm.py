@@ -37,27 +37,32 @@ def masked_mean(values: Float[Array, "B F"], mask: Bool[Array, "B F"]) -> Float[
 
 def solve_euler(
     velocity: Callable[
-        [Float[Array, "pairs F M"], Float[Array, " pairs"], PyTree], tuple[Float[Array, "pairs F M"], PyTree]
+        [Float[Array, "pairs F M"], Float[Array, " pairs"], PyTree, PyTree],
+        tuple[Float[Array, "pairs F M"], PyTree, PyTree],
     ],
     start: Float[Array, "B F M"],
     *,
     num_steps: int,
     guidance: float,
     inputs: PyTree = None,
-) -> tuple[Float[Array, "B F M"], PyTree]:
-    """(where the frames end, what `velocity` hands out at each step, stacked): Euler's method on `time_grid`, one loop.
+    carried: PyTree = None,
+) -> tuple[Float[Array, "B F M"], PyTree, PyTree]:
+    """(where the frames end, what `velocity` hands out at each step, stacked, what it carries on): Euler's method on
+    `time_grid`, one loop.
 
-    velocity(place, time, input) → (velocity, output) is asked for each row twice, the unconditioned rows behind the others.
-    inputs: one a step, stacked on axis 0.
+    velocity(place, time, input, carried) → (velocity, output, carried) is asked for each row twice, the unconditioned rows
+    behind the others. inputs: one a step, stacked on axis 0.
     """
 
-    def step(x: Array, now: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-        times, given = now
-        both, output = velocity(jnp.concatenate([x, x]), jnp.full((2 * x.shape[0],), times[0]), given)
-        return x + (times[1] - times[0]) * guided(both, guidance), output
+    def step(state: tuple[Array, PyTree], now: tuple[Array, PyTree]) -> tuple[tuple[Array, PyTree], PyTree]:
+        (x, carried), (times, given) = state, now
+        both, output, carried = velocity(jnp.concatenate([x, x]), jnp.full((2 * x.shape[0],), times[0]), given, carried)
+        return (x + (times[1] - times[0]) * guided(both, guidance), carried), output
 
     grid = time_grid(num_steps)
-    return jax.lax.scan(step, start, (jnp.stack([grid[:-1], grid[1:]], axis=1), inputs))
+    times = jnp.stack([grid[:-1], grid[1:]], axis=1)
+    (end, carried), outputs = jax.lax.scan(step, (start, carried), (times, inputs))
+    return end, outputs, carried
 
 
 def with_unconditioned(condition: Float[Array, "B ..."]) -> Float[Array, "pairs ..."]:

@@ -166,8 +166,8 @@ class FlowEncoder(nn.Module):
         state = EncoderState(
             lookahead_tail=next_tail(state.lookahead_tail, h, num_tokens),
             upsample_tail=next_tail(state.upsample_tail, up, num_tokens * FRAMES_PER_TOKEN),
-            tokens=append(state.tokens, *tokens, positions=places.tokens, num_pinned=pinned),
-            frames=append(state.frames, *frames, positions=places.frames, num_pinned=pinned * FRAMES_PER_TOKEN),
+            tokens=append(state.tokens, tokens, positions=places.tokens, num_pinned=pinned),
+            frames=append(state.frames, frames, positions=places.frames, num_pinned=pinned * FRAMES_PER_TOKEN),
         )
         return x, state
 

@@ -169,10 +169,10 @@ def solve(
     conditions = [with_unconditioned(x) for x in (mu, speaker, batch["prompt_mel"])]
     pair_mask = jax.tree.map(lambda x: jnp.concatenate([x, x]), masks[1])
 
-    def velocity(x: Array, time: Array, _: None) -> tuple[Array, None]:
+    def velocity(x: Array, time: Array, *_: None) -> tuple[Array, None, None]:
         applied: Any = model.apply({"params": params}, x, time, *conditions, pair_mask, method="velocity")
-        return applied[0], None
+        return applied[0], None, None
 
     start = jnp.where(frame_mask, c.temperature * noise, 0)
-    mel, _ = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance)
+    mel, *_ = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance)
     return jnp.where(frame_mask, mel, 0)

@@ -20,7 +20,7 @@ from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, Flow
 from cv2jax.models.flow_matching.encoder import EncoderState, StepPlaces, init_encoder_state
 from cv2jax.models.flow_matching.estimator import EstimatorTails, init_tails, num_attention_layers
 from cv2jax.models.flow_matching.model import FlowMatching
-from cv2jax.nn.cache import EMPTY, KeyValueCache, append, grow, init_cache
+from cv2jax.nn.cache import EMPTY, KeyValueCache, find_slots, grow, init_cache, refill, write
 from cv2jax.nn.masks import NO_LEFT, MaskSpec, chunk_array
 
 
@@ -96,6 +96,16 @@ def grow_state(state: FlowState, num_slots: int) -> FlowState:
     return dataclasses.replace(state, encoder=encoder, cache=grow(state.cache, FRAMES_PER_TOKEN * num_slots))
 
 
+def refill_state(used: FlowState, state: FlowState) -> FlowState:
+    """`state` in the memory of one that is done with, with as much room or more, if that is donated; as `grow_state`."""
+    encoder = dataclasses.replace(
+        state.encoder,
+        tokens=refill(used.encoder.tokens, state.encoder.tokens),
+        frames=refill(used.encoder.frames, state.encoder.frames),
+    )
+    return dataclasses.replace(state, encoder=encoder, cache=refill(used.cache, state.cache))
+
+
 def step(model: FlowMatching, params: PyTree, state: FlowState, hop: Hop) -> tuple[Float[Array, "B F M"], FlowState]:
     """(mel of the hop's frames, 0 behind a row's own, next state); jit it with `state` donated."""
     c, num_tokens = model.config, hop.num_tokens
@@ -115,23 +125,23 @@ def step(model: FlowMatching, params: PyTree, state: FlowState, hop: Hop) -> tup
     conditions = [with_unconditioned(x) for x in (mu, speaker, prompt_mel)]
     pair = lambda x: jnp.concatenate([x, x])  # noqa: E731
     mask = pair(_mask(hop, FRAMES_PER_TOKEN, frames, _first_rows(state.cache)))
-    options = {"cache": state.cache, "num_frames": pair(FRAMES_PER_TOKEN * num_tokens), "method": "velocity"}
+    slots = find_slots(state.cache, pair(frames), pair(FRAMES_PER_TOKEN * pinned))
+    options = {"num_frames": pair(FRAMES_PER_TOKEN * num_tokens), "method": "velocity"}
 
-    def velocity(x: Array, time: Array, given: Any) -> tuple[Array, Any]:
-        found, *rest = apply(x, time, *conditions, mask, first_layer=given[0], tails=given[1], **options)
-        return found, tuple(rest)
+    def velocity(x: Array, time: Array, given: Any, cache: KeyValueCache) -> tuple[Array, Any, KeyValueCache]:
+        layer, tails = given
+        found, tails, entries = apply(
+            x, time, *conditions, mask, first_layer=layer, tails=tails, cache=cache, **options
+        )
+        return found, tails, write(cache, entries, slots, _after(layer, found))
 
     inputs = (num_attention_layers(c.estimator) * jnp.arange(c.num_steps), state.tails)
     is_frame = (frames != EMPTY)[..., None]
     start = jnp.where(is_frame, c.temperature * hop.noise, 0)
-    mel, (tails, entries) = solve_euler(velocity, start, num_steps=c.num_steps, guidance=c.guidance, inputs=inputs)
-    keys, values = (x.reshape(-1, *x.shape[2:]) for x in entries)
-    state = FlowState(
-        num_tokens=state.num_tokens + num_tokens,
-        encoder=encoder,
-        tails=tails,
-        cache=append(state.cache, keys, values, positions=pair(frames), num_pinned=pair(FRAMES_PER_TOKEN * pinned)),
-    )
+    solver = {"num_steps": c.num_steps, "guidance": c.guidance, "inputs": inputs, "carried": state.cache}
+    mel, tails, cache = solve_euler(velocity, start, **solver)
+    cache = dataclasses.replace(cache, positions=slots.positions)
+    state = FlowState(num_tokens=state.num_tokens + num_tokens, encoder=encoder, tails=tails, cache=cache)
     return jnp.where(is_frame, mel, 0), state
 
 
@@ -144,6 +154,15 @@ def _mask(hop: Hop, rate: int, positions: Int[Array, "B T"], cache: KeyValueCach
     mask = MaskSpec(kind="chunk", chunk=hop.chunk, left=hop.left, prompt=hop.prompt).scaled(rate)
     keys = jnp.concatenate([cache.positions, positions], axis=1)
     return chunk_array(mask.chunk, mask.left, mask.prompt, positions, keys)
+
+
+def _after(number: Int[Array, ""], result: Float[Array, "..."]) -> Int[Array, ""]:
+    """The number, once the result is there.
+
+    The last layer's keys are known before its attention has read the cache; in that order the cache would be copied to be
+    written to. An optimization barrier is gone by the time XLA on a CPU decides about copies.
+    """
+    return number + (0 * result.ravel()[0]).astype(number.dtype)
 
 
 def _first_rows(cache: KeyValueCache) -> KeyValueCache:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Integer, Key, PyTree
 from cv2jax.config import UserError
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import FlowMatching
-from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
+from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, refill_state, step
 from cv2jax.models.flow_matching.voice import (
     Voice,
     check_tokens,
@@ -76,6 +76,7 @@ class FlowStreams:
             raise UserError(f"hop sizes {self.hop_sizes}: must be multiples of the chunk, {mask.chunk} tokens")
         warn_untrained(config, mask)
         self._step, self._params = _program(config), params
+        self._ended: list[FlowState] = []  # of requests, whose memory others take
 
     def enroll(self, voice: Voice) -> SolvedVoice:
         """Solves the whole chunks of the voice's recording; UserError where `Voice.check` finds something."""
@@ -103,12 +104,29 @@ class FlowStreams:
             jax.block_until_ready(self._step(self._params, state, hop))
         for room, larger in itertools.pairwise(rooms):
             grow_state(init_state(self.config, 1, room), larger)
+        for room in rooms:
+            refill(init_state(self.config, 1, room), solved.state)
 
     def start(self, solved: SolvedVoice, key: Key[Array, ""], name: str = "request") -> "FlowStream":
         """A stream behind the voice's recording, whose noise draws from `key`; UserError for another's voice."""
         if solved.owner is not self:
             raise UserError(f"{solved.voice.name}: was solved for another mask or model; enroll it here")
         return FlowStream(self, solved, key, name)
+
+    def take_state(self, solved: SolvedVoice) -> FlowState:
+        """The voice's state for a request to move on, which gives it to `keep_state` when it has ended."""
+        try:
+            used = self._ended.pop()
+        except IndexError:
+            return jax.tree.map(jnp.copy, solved.state)
+        # A ring of another size would hold what comes next elsewhere.
+        more = _num_slots(used) - _num_slots(solved.state)
+        fits = more == 0 if self.mask.left is not None else more >= 0
+        return refill(used, solved.state) if fits else jax.tree.map(jnp.copy, solved.state)
+
+    def keep_state(self, state: FlowState) -> None:
+        """Its memory serves later requests: touching it for the first time costs more than a hop."""
+        self._ended.append(state)
 
     def solve(
         self,
@@ -180,8 +198,7 @@ class FlowStream:
     def __init__(self, streams: FlowStreams, solved: SolvedVoice, key: Key[Array, ""], name: str) -> None:
         self._streams, self._voice, self._key, self._name = streams, solved.voice, key, name
         self._num_solved, self.has_ended, self._ahead = solved.num_solved, False, np.zeros(0, np.int32)
-        # Steps take the state that they are given; the voice's own stays for others.
-        self._state: Any = jax.tree.map(jnp.copy, solved.state)
+        self._state: Any = streams.take_state(solved)
 
     def num_to_border(self) -> int:
         """Tokens of the shortest next hop that is not the last one: to the end of the chunk."""
@@ -212,7 +229,9 @@ class FlowStream:
         made, state = self._streams.solve(state, start, tokens, count, mel, voice, self._key)
         made, num_before = made[len(mel) :], max(start - num_prompt, 0)
         require_finite(made, FRAMES_PER_TOKEN * num_before, self._name)
-        if not last:
+        if last:
+            self._streams.keep_state(state)
+        else:
             self._num_solved, self.has_ended, self._state, self._ahead = start + count, False, state, ahead
         return made
 
@@ -253,6 +272,9 @@ def room_for(num_tokens: int) -> int:
 def _program(config: FlowMatchingConfig) -> Any:
     """`step` of (params, state, hop), one for all masks and voices: those are data."""
     return jax.jit(functools.partial(step, FlowMatching(config)), donate_argnums=1)
+
+
+refill = jax.jit(refill_state, donate_argnums=0)
 
 
 def _num_slots(state: FlowState) -> int:

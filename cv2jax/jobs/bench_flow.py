@@ -28,7 +28,7 @@ from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, Flow
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params, padded_masks, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
-from cv2jax.models.flow_matching.stream import refill, room_for
+from cv2jax.models.flow_matching.stream import recycle, room_for
 from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
 from cv2jax.nn.stack import unstack_layers
@@ -344,7 +344,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
 
     def ours(ends: list[int]) -> tuple[float, list[Any]]:
         begin = time.perf_counter()
-        stream.state = refill(stream.state, voice.state)  # what the request before has grown, as `FlowStreams` does
+        stream.state = recycle(stream.state, voice.state)  # what the request before has grown, as `FlowStreams` does
         mels = [stream(request.hop(*span), room_for(span[1])) for span in itertools.pairwise(ends)]
         return time.perf_counter() - begin, mels
 

@@ -101,7 +101,7 @@ def write(cache: KeyValueCache, entries: KeysValues, slots: Slots, first_layer: 
     """The keys and values [layers B H T C] of some layers, in place; `positions` remain those before them.
 
     Not a scatter: XLA would copy the caches to bring their slots to the front, and back. Nor conditions, whose branches copy
-    them too: loops of no or one pass.
+    them too, but on a CPU loops of no or one pass; elsewhere the device would wait for the host at each, and windows do.
     """
     caches, num_slots, length = (cache.keys, cache.values), cache.keys.shape[3], entries[0].shape[3]
     size = min(length, num_slots)
@@ -131,6 +131,9 @@ def write(cache: KeyValueCache, entries: KeysValues, slots: Slots, first_layer: 
         return merge(caches[0], entries[0]), merge(caches[1], entries[1])
 
     for row in range(cache.positions.shape[0]):
+        if platform() != "cpu":
+            caches = put_window(row, jnp.array(1), put_window(row, jnp.array(0), caches))
+            continue
         has_any, fits = slots.start[row] != EMPTY, slots.fits[row]
         if length <= num_slots:
             passes = (has_any & fits).astype(int)
@@ -201,7 +204,7 @@ def attend_cached(
             y += jnp.einsum("bhts,bhsc->bhtc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (y / total).astype(q.dtype)
 
-    # Slots that are still empty cost nothing; not on a GPU, which would wait for the host to choose.
+    # Slots that are still empty are hardly read; not on a GPU, which would wait for the host to choose.
     shares = _SHARES if platform() == "cpu" else 1
     sizes = sorted({-(-num_slots * share // shares) for share in range(1, shares + 1)})
     used = jnp.max(jnp.where(cache.positions == EMPTY, 0, 1 + jnp.arange(num_slots)))

@@ -1,16 +1,19 @@
 """The flow in hops equals the solve of the whole sequence: any chunking, mask, prompt and end."""
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
-from cv2jax.models.flow_matching.model import FlowMatching, solve
+from cv2jax.models.flow_matching.generate import offline_mask, stream_mask
+from cv2jax.models.flow_matching.model import FlowMatching, init_params, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, state_bytes, step
-from cv2jax.nn.masks import NO_LEFT, MaskSpec
+from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, MaskSpec
 from tests.models.golden_flow import random_params, small_config
 
 MAX_TOKENS, SLOTS = 40, 48
@@ -172,6 +175,56 @@ def test_a_row_that_waits_is_left_alone_and_its_mates_do_not_matter():
         assert not np.array_equal(old, new)
 
 
+def test_a_row_that_is_not_finite_stays_alone():
+    u = Utterances.draw(4)
+    u.chunk[:], u.num_tokens[:] = 5, 20
+    counts, zeros = np.full(4, 5), np.zeros(4, int)
+    want, wanted = hop_step(init_state(CONFIG, 4, SLOTS), u.hop(zeros, counts, 8))
+    u.noise[0] = np.nan  # the first one, whose result orders the writes
+    got, state = hop_step(init_state(CONFIG, 4, SLOTS), u.hop(zeros, counts, 8))
+    assert np.isnan(got[0, :10]).all()
+    np.testing.assert_array_equal(got[1:], want[1:])
+    np.testing.assert_array_equal(state.cache.keys[:, [1, 2, 3, 5, 6, 7]], wanted.cache.keys[:, [1, 2, 3, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_caches_are_written_in_place(scan_layers):
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    u = Utterances.draw(5, num_rows=1)
+    hop = jax.eval_shape(lambda: u.hop(np.zeros(1, int), np.full(1, 5), 5))
+    params = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), jax.random.key(0))
+
+    def temporaries(num_slots: int) -> int:
+        state = jax.eval_shape(lambda: init_state(config, 1, num_slots))
+        donated = jax.jit(functools.partial(step, FlowMatching(config)), donate_argnums=1)
+        return donated.lower(params, state, hop).compile().memory_analysis().temp_size_in_bytes
+
+    # A copy of the caches would grow by all that they do; a layer's keys and values are copied, and there are 10 x 4.
+    grown = state_bytes(config, 400) - state_bytes(config, 100)
+    assert temporaries(400) - temporaries(100) < 0.3 * grown
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("left", "slots"), [(NO_LEFT, 1500), (50, 200)])
+def test_a_minute_is_as_exact_as_a_second(left, slots):
+    rng, num_tokens, prompt, size = np.random.default_rng(6), 1500, 87, 100
+    frames = (1, 2 * num_tokens, CONFIG.num_mels)
+    mel = rng.normal(size=frames).astype(np.float32)
+    u = Utterances(
+        tokens=rng.integers(0, CONFIG.num_speech_tokens, (1, num_tokens)),
+        num_tokens=np.array([num_tokens]),
+        prompt=np.array([prompt]),
+        prompt_mel=np.where(np.arange(2 * num_tokens)[None, :, None] < 2 * prompt, mel, 0),
+        noise=rng.normal(size=frames).astype(np.float32),
+        speaker=rng.normal(size=(1, CONFIG.speaker_dim)).astype(np.float32),
+        chunk=np.array([25]),
+        left=np.array([left]),
+    )
+    got, num_hops, _ = streamed(u, 6, slots=slots, hops=(25, size))
+    assert num_hops > 15
+    np.testing.assert_allclose(got, u.solved(), rtol=0, atol=1e-4)
+
+
 def test_what_a_second_of_audio_takes():
     state = init_state(CONFIG, 1, 7)
     assert state_bytes(CONFIG, 7) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -181,3 +234,13 @@ def test_what_a_second_of_audio_takes():
         10 * 56 * 2 * 2 * 8 * 64 * 50 * 4
     )  # solver steps, layers, both, guidance, heads, sizes, frames, fp32
     assert keys_and_values < second < 1.02 * keys_and_values
+
+
+@pytest.mark.parametrize(
+    ("chunks", "offline", "stream"),
+    [((0, 1, 25, 50), NO_CHUNK, 25), ((0, 1), NO_CHUNK, 1), ((1, 50, 25), 50, 25), ((0,), NO_CHUNK, NO_CHUNK)],
+)
+def test_masks_that_evaluations_hear(chunks, offline, stream):
+    every = (-1,) * len(chunks)
+    config = dataclasses.replace(CONFIG, mask_chunks=chunks, mask_lefts=every, mask_prompts=(0,) * len(chunks))
+    assert (offline_mask(config).chunk, stream_mask(config).chunk) == (offline, stream)

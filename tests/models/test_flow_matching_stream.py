@@ -199,9 +199,18 @@ def test_a_warm_stream_compiles_nothing(monkeypatch):
     these._step = compiled
     solved = these.enroll(voice)
     these.warm_up(solved, len(tokens))
-    assert (count := compiled._cache_size()) == 6  # 25, 50 and 100 slots
-    assert len(hear(these.start(solved, jax.random.key(0)), tokens, 0)) == 128
-    assert compiled._cache_size() == count
+    assert compiled._cache_size() == 6  # 25, 50 and 100 slots
+    counts = lambda: (compiled._cache_size(), stream_module.recycle._cache_size())  # noqa: E731
+    warm = counts()
+    for _ in range(2):  # the second one in the memory of the first
+        assert len(hear(these.start(solved, jax.random.key(0)), tokens, 0)) == 128
+    assert counts() == warm
+    hear(these.start(solved, jax.random.key(0)), make_tokens(150), 0)
+    longer = counts()
+    assert longer > warm
+    for _ in range(2):  # not in what the longer one has grown
+        hear(these.start(solved, jax.random.key(0)), tokens, 0)
+    assert counts() == longer
 
 
 @pytest.mark.parametrize("mask", [FULL, BOUNDED], ids=["full", "bounded"])
@@ -216,7 +225,8 @@ def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
         [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
         for stream in (taken, other):
             np.testing.assert_allclose(hear(stream, tokens, length), want, rtol=0, atol=1e-4)
-        free = these._ended[-1].cache.keys
+        free = these._kept[-1].cache.keys
+        assert len(these._kept) == 1
         again = these.start(solved, key)
         assert free.is_deleted()
         np.testing.assert_allclose(hear(again, tokens, 0), want, rtol=0, atol=1e-4)

@@ -162,7 +162,8 @@ def _after(number: Int[Array, ""], result: Float[Array, "..."]) -> Int[Array, ""
     The last layer's keys are known before its attention has read the cache; in that order the cache would be copied to be
     written to. An optimization barrier is gone by the time XLA on a CPU decides about copies.
     """
-    return number + (0 * result.ravel()[0]).astype(number.dtype)
+    one = result.ravel()[0]
+    return number + (0 * jnp.where(jnp.isfinite(one), one, 0)).astype(number.dtype)
 
 
 def _first_rows(cache: KeyValueCache) -> KeyValueCache:

@@ -4,6 +4,8 @@ Chunks count from the start of the voice's recording. Of the recording all whole
 kept solved; the rest is solved again with the first hop. What comes out is what `FlowSolver` gives under the same mask.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,6 +33,7 @@ from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask
 
 _HOP_TOKENS = 25  # the least that a step is compiled for: 1 s
 _ROOM = 200  # tokens that caches without a bound have room for at first: 8 s; then twice as many, and so on
+_MAX_EXCESS = 4  # times the room that a voice needs, of caches that its requests take
 _BOUNDED_ROOM = 25  # caches with a bound have room for a multiple of it
 
 
@@ -54,6 +57,7 @@ class FlowStreams:
         mask: ChunkMask,
         *,
         hop_sizes: tuple[int, ...] = (),
+        max_kept: int = 1,
         use_official_noise: bool = False,
     ) -> None:
         """Compiles nothing yet. A mask that training never drew is warned of.
@@ -61,6 +65,7 @@ class FlowStreams:
         Args:
           mask: in tokens; its prompt is taken from the voice. hop_sizes: tokens that a step is compiled for, multiples of
             the chunk; any hop is cut into such steps. Default: about 1, 2 and 4 s.
+          max_kept: requests that have ended whose caches are kept for later ones, the newest; as many as run side by side.
           use_official_noise: start from the fixed buffer of the official code instead of noise drawn from the keys.
 
         Raises UserError for a mask that cannot stream and for hop sizes that are no multiples of its chunk.
@@ -76,7 +81,8 @@ class FlowStreams:
             raise UserError(f"hop sizes {self.hop_sizes}: must be multiples of the chunk, {mask.chunk} tokens")
         warn_untrained(config, mask)
         self._step, self._params = _program(config), params
-        self._ended: list[FlowState] = []  # of requests, whose memory others take
+        # Of requests that have ended: to touch memory for the first time takes longer than a hop.
+        self._kept, self._max_kept, self._warm_room = collections.deque[FlowState](), max_kept, 0
 
     def enroll(self, voice: Voice) -> SolvedVoice:
         """Solves the whole chunks of the voice's recording; UserError where `Voice.check` finds something."""
@@ -105,7 +111,8 @@ class FlowStreams:
         for room, larger in itertools.pairwise(rooms):
             grow_state(init_state(self.config, 1, room), larger)
         for room in rooms:
-            refill(init_state(self.config, 1, room), solved.state)
+            recycle(init_state(self.config, 1, room), solved.state)
+        self._warm_room = max(self._warm_room, rooms[-1])
 
     def start(self, solved: SolvedVoice, key: Key[Array, ""], name: str = "request") -> "FlowStream":
         """A stream behind the voice's recording, whose noise draws from `key`; UserError for another's voice."""
@@ -114,19 +121,24 @@ class FlowStreams:
         return FlowStream(self, solved, key, name)
 
     def take_state(self, solved: SolvedVoice) -> FlowState:
-        """The voice's state for a request to move on, which gives it to `keep_state` when it has ended."""
-        try:
-            used = self._ended.pop()
-        except IndexError:
-            return jax.tree.map(jnp.copy, solved.state)
-        # A ring of another size would hold what comes next elsewhere.
-        more = _num_slots(used) - _num_slots(solved.state)
-        fits = more == 0 if self.mask.left is not None else more >= 0
-        return refill(used, solved.state) if fits else jax.tree.map(jnp.copy, solved.state)
+        """The voice's state for a request to move on, in the memory of one that has ended where that has the right size."""
+        need, most = _num_slots(solved.state), 1 if self.mask.left is not None else _MAX_EXCESS
+        # A ring of another size would hold what comes next elsewhere; empty slots are not quite for nothing.
+        for _ in range(len(self._kept)):
+            with contextlib.suppress(IndexError):  # taken by another thread
+                used = self._kept.popleft()
+                if need <= _num_slots(used) <= most * need:
+                    return recycle(used, solved.state)
+                self._kept.append(used)
+        return jax.tree.map(jnp.copy, solved.state)
 
     def keep_state(self, state: FlowState) -> None:
-        """Its memory serves later requests: touching it for the first time costs more than a hop."""
-        self._ended.append(state)
+        """Takes the state of a request that has ended well, unless hops in it would have to be compiled."""
+        if not self._warm_room or _num_slots(state) <= self._warm_room:
+            self._kept.append(state)
+        while len(self._kept) > self._max_kept:
+            with contextlib.suppress(IndexError):
+                self._kept.popleft()
 
     def solve(
         self,
@@ -137,12 +149,14 @@ class FlowStreams:
         mel: Float[np.ndarray, "F_prompt M"],
         voice: Voice,
         key: Key[Array, ""],
+        *,
+        last: bool = False,
     ) -> tuple[Float[np.ndarray, "F M"], FlowState]:
         """(mel of the next `count` tokens, next state) in steps of the compiled sizes; `state` is used up.
 
         Args:
           num_solved: in the state. tokens: from there on, with those that are only looked at. mel: of the prompt, from
-            there on.
+            there on. last: nothing follows, so that the caches need no room for the last step.
         """
         parts, place = [], 0
         while place < count:
@@ -150,7 +164,8 @@ class FlowStreams:
             num = min(size, count - place)
             frames = mel[FRAMES_PER_TOKEN * place : FRAMES_PER_TOKEN * (place + size)]
             hop = self._hop(num_solved + place, tokens[place : place + num + LOOKAHEAD], num, size, frames, voice, key)
-            if self.mask.left is None and (room := self._room(num_solved + place + num, 0)) > _num_slots(state):
+            seen = num_solved + place + (0 if last and place + num == count else num)
+            if self.mask.left is None and (room := self._room(seen, 0)) > _num_slots(state):
                 state = grow_state(state, room)
             part, state = self._step(self._params, state, hop)
             parts.append((part, FRAMES_PER_TOKEN * num))
@@ -226,7 +241,8 @@ class FlowStream:
         mel = voice.prompt_mel(self._streams.config)[FRAMES_PER_TOKEN * at :]
         self.has_ended = True  # unless all goes well
         state, self._state = self._state, None
-        made, state = self._streams.solve(state, start, tokens, count, mel, voice, self._key)
+        made, state = self._streams.solve(state, start, tokens, count, mel, voice, self._key, last=last)
+        require_finite(made[: len(mel)], FRAMES_PER_TOKEN * at, voice.name)
         made, num_before = made[len(mel) :], max(start - num_prompt, 0)
         require_finite(made, FRAMES_PER_TOKEN * num_before, self._name)
         if last:
@@ -274,7 +290,7 @@ def _program(config: FlowMatchingConfig) -> Any:
     return jax.jit(functools.partial(step, FlowMatching(config)), donate_argnums=1)
 
 
-refill = jax.jit(refill_state, donate_argnums=0)
+recycle = jax.jit(refill_state, donate_argnums=0)
 
 
 def _num_slots(state: FlowState) -> int:

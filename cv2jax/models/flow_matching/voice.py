@@ -91,7 +91,7 @@ def require_tokens(tokens: Shaped[np.ndarray, "..."], config: FlowMatchingConfig
 
 
 def require_finite(mel: Float[np.ndarray, "F M"], first_frame: int, name: str) -> None:
-    """Raises UserError that says where a result stops being numbers; frames count from the end of the prompt."""
+    """Raises UserError that says where a result stops being numbers; frames count from the end of the prompt, or in it."""
     bad = np.flatnonzero(~np.isfinite(mel).all(axis=1))
     if len(bad):
         frame = first_frame + int(bad[0])

@@ -10,6 +10,7 @@ import pytest
 from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.data.tokens import TokenWriter, read_speech_tokens
 from cv2jax.models.flow_matching.draws import draw
+from cv2jax.models.flow_matching.generate import generate
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
 from cv2jax.models.flow_matching.stream import FlowStreams
 from cv2jax.models.flow_matching.voice import Voice
@@ -24,7 +25,7 @@ from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
 from tests.models.golden_flow import random_params, small_config
 from tests.run_record import Killed, record, stopping_at
-from tests.small_flow_run import SMALL_FLOW, make_small_flow_corpus, tokens_of
+from tests.small_flow_run import NUM_CODES, SMALL_FLOW, make_small_flow_corpus, tokens_of
 
 SMALL = (*SMALL_FLOW, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3")
 
@@ -130,9 +131,16 @@ def test_it_learns_reports_what_is_heard_and_is_streamed(corpus, tmp_path):
     assert sum(name.startswith("loss_time_") for name in last) >= 2
     model_config, params = load_flow(tmp_path, make_mesh(MeshConfig()))
     assert model_config == make_task(config).model_config
-    streams = FlowStreams(model_config, params, ChunkMask(chunk=25))
-    stream = streams.start(streams.enroll(Voice(speaker_embedding=np.ones(8))), jax.random.key(0))
-    assert stream.hop(np.arange(20)).shape == (40, 80)
+    mask, key, tokens = ChunkMask(chunk=25), jax.random.key(0), np.arange(60, dtype=np.int32) % NUM_CODES
+    speaker = np.ones(8, np.float32)
+    batch = {"speech_tokens": tokens[None], "num_tokens": np.array([60]), "speaker_embedding": speaker[None]}
+    [want] = generate(
+        FlowMatching(model_config), params, jax.device_put(batch), key[None], mask
+    )  # as evaluations stream
+    streams = FlowStreams(model_config, params, mask)
+    stream = streams.start(streams.enroll(Voice(speaker_embedding=speaker)), key)
+    got = [stream.hop(tokens[:25], tokens[25:28]), stream.hop(tokens[25:50], tokens[50:53]), stream.hop(tokens[50:])]
+    np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
 
 
 def test_tokens_of_an_unknown_codebook_are_refused(corpus, tmp_path):

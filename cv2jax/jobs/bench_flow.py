@@ -366,7 +366,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
     for name, ends in parts.items():
         runs = {_OURS: functools.partial(ours, ends), _ANEW: functools.partial(anew, ends)}
         times = _milliseconds(race(runs, options.repeats, clock=lambda run: run()[0]))
-        figures += compared(f"{work.describe()}, behind {_CACHED} tokens of a voice, {name}", "ms", times)
+        figures += compared(f"{work.describe()}, voice of {_CACHED} tokens, caches reused, {name}", "ms", times)
     return figures
 
 

@@ -28,8 +28,8 @@ def test_pinned_positions_and_the_newest_others_are_kept(monkeypatch, seed, wher
     monkeypatch.setattr(cache_module, "platform", lambda: where)  # not all that holds there can be run here
     written_by = jax.jit(functools.partial(append))
     rng = np.random.default_rng(seed)
-    rows, slots = 3, 9
-    pinned = np.array([0, 2, 9])
+    rows, slots = 4, 9
+    pinned = np.array([0, 2, 5, 9])
     cache, starts = init_cache(2, rows, 2, slots, 3, "float32"), np.zeros(rows, int)
     written = [{} for _ in range(rows)]
     for _ in range(6):

@@ -1,0 +1,67 @@
+"""Adversarial losses of the vocoder (spec/official.md 5.6; upstream's `hifigan/hifigan.py`, `utils/losses.py`).
+
+Each sums over the discriminators, so a weight means the same as upstream only with as many of them.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FEATURE_WEIGHT = 2.0  # inside the feature matching loss; upstream multiplies it by 2 once more outside
+TPR_THRESHOLD = 0.04  # τ: where the truncation of the relative loss sets in
+
+Scores = Sequence[Float[Array, "B _"]]  # one array a discriminator
+
+
+def adversarial_loss(generated: Scores) -> Float[Array, ""]:
+    """Σ mean((1 - D(g))²): what the generator lowers, least squares (Mao et al. 2017)."""
+    return _total(jnp.mean(jnp.square(1 - g)) for g in _wide(generated))
+
+
+def discriminator_loss(real: Scores, generated: Scores) -> Float[Array, ""]:
+    """Σ mean((1 - D(r))²) + mean(D(g)²): what the discriminators lower, least squares."""
+    pairs = zip(_wide(real), _wide(generated), strict=True)
+    return _total(jnp.mean(jnp.square(1 - r)) + jnp.mean(jnp.square(g)) for r, g in pairs)
+
+
+def feature_matching_loss(
+    real: Sequence[Sequence[Float[Array, "B *_"]]], generated: Sequence[Sequence[Float[Array, "B *_"]]]
+) -> Float[Array, ""]:
+    """2 · Σ mean|fmap_r - fmap_g| over all feature maps of all discriminators, the scores' own included."""
+    pairs = [pair for r, g in zip(real, generated, strict=True) for pair in zip(_wide(r), _wide(g), strict=True)]
+    return FEATURE_WEIGHT * _total(jnp.mean(jnp.abs(r - g)) for r, g in pairs)
+
+
+def tpr_loss(real: Scores, generated: Scores, threshold: float = TPR_THRESHOLD) -> Float[Array, ""]:
+    """The truncated pointwise relativistic least squares: Σ min(L, τ), of what the discriminators still tell apart.
+
+    m is the lower median of r - g over a discriminator's whole batch, L the mean of (r - g - m)² where r < g + m; 0 where
+    that is nowhere. The discriminators lower tpr_loss(real, generated), the generator tpr_loss(generated, real).
+    """
+    pairs = zip(_wide(real), _wide(generated), strict=True)
+    return _total(_tpr(r - g, threshold) for r, g in pairs)
+
+
+def _tpr(difference: Float[Array, "B _"], threshold: float) -> Float[Array, ""]:
+    deviation = difference - lower_median(difference)
+    below = deviation < 0
+    loss = jnp.sum(jnp.where(below, jnp.square(deviation), 0)) / jnp.maximum(jnp.sum(below), 1)
+    return threshold - jax.nn.relu(threshold - loss)
+
+
+def lower_median(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """The ⌈n/2⌉-th smallest value, as `torch.median` has it; its gradient goes to one element that has it."""
+    flat = x.reshape(-1)
+    # Sorted without a gradient: the permutation that it would carry along costs more than this look-up.
+    value = jnp.sort(jax.lax.stop_gradient(flat))[(flat.size - 1) // 2]
+    return flat[jnp.argmax(flat == value)]
+
+
+def _wide(arrays: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
+    return [a.astype(jnp.float32) for a in arrays]
+
+
+def _total(values: Iterable[Float[Array, ""]]) -> Float[Array, ""]:
+    return sum(values, start=jnp.zeros(()))

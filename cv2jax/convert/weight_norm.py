@@ -1,0 +1,101 @@
+"""Kernels under torch's weight normalisation, w = g · v / ‖v‖, as one plain tensor and back.
+
+The pair (g, v) of a module is called `weight_g`, `weight_v` (the old hook) or `parametrizations.weight.original0`,
+`…original1` (the parametrisation); folded it is `weight`. The norm is over all axes but the first: the outputs, of a
+transposed convolution the inputs. Rules see folded tensors through `FoldedReader`, files pairs through `unfold_tensors`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from cv2jax.convert.rules import ForeignTensor, Index, Reader, Shape
+
+OLD = ("weight_g", "weight_v")
+NEW = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+Pair = tuple[str, str]
+
+
+def fold(g: Float[np.ndarray, "n *ones"], v: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "n *rest"]:
+    """g · v / ‖v‖ with the norm over all axes but the first, in v's dtype; 0 where v is, which torch makes NaN."""
+    norm = _norm(v)
+    return (v * (g.astype(np.float64) / np.where(norm == 0, 1, norm))).astype(v.dtype)
+
+
+def unfold(kernel: Float[np.ndarray, "n *rest"]) -> tuple[Float[np.ndarray, "n *ones"], Float[np.ndarray, "n *rest"]]:
+    """(g, v) = (‖kernel‖, kernel), which fold to the kernel; v is 1 where a row is 0, so that torch folds it too."""
+    norm = _norm(kernel)
+    return norm.astype(kernel.dtype), np.where(norm == 0, np.ones((), kernel.dtype), kernel)
+
+
+def _norm(v: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "n *ones"]:
+    return np.sqrt(np.sum(np.square(v, dtype=np.float64), axis=tuple(range(1, v.ndim)), keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedReader:
+    """The tensors of `reader`, each pair of a weight normalisation as the one `….weight` that it stands for.
+
+    Half a pair stays under its own name, so that a conversion reports it as left over.
+    """
+
+    reader: Reader
+
+    @property
+    def place(self) -> str:
+        """Of the reader within."""
+        return self.reader.place
+
+    def names(self) -> Mapping[str, tuple[Shape, np.dtype]]:
+        """Shape and dtype of every tensor, folded."""
+        theirs = self.reader.names()
+        folded = {name: theirs[v] for name, (_, v) in self._pairs.items()}
+        halves = {half for pair in self._pairs.values() for half in pair}
+        return {name: facts for name, facts in theirs.items() if name not in halves} | folded
+
+    def read(self, name: str, index: Index) -> Shaped[np.ndarray, "..."]:
+        """The block `index` of a tensor; of a pair all of the rows is read, whose norm it takes."""
+        if name not in self._pairs:
+            return self.reader.read(name, index)
+        g, v = self._pairs[name]
+        shape = self.reader.names()[v][0]
+        rows, rest = index[:1], tuple(index[1:])
+        whole = (slice(None),) * (len(shape) - 1)
+        return fold(self.reader.read(g, (*rows, *whole)), self.reader.read(v, (*rows, *whole)))[(slice(None), *rest)]
+
+    @functools.cached_property
+    def _pairs(self) -> dict[str, Pair]:
+        """Folded name → (name of g, name of v)."""
+        theirs = self.reader.names()
+        found = {}
+        for style in (OLD, NEW):
+            for name in theirs:
+                start = name.removesuffix(style[0])
+                if start != name and start + style[1] in theirs:
+                    found[f"{start}weight"] = (name, start + style[1])
+        return found
+
+
+def unfold_tensors(
+    tensors: Mapping[str, ForeignTensor], style: Callable[[str], Pair | None]
+) -> dict[str, ForeignTensor]:
+    """Tensors to write, each `….weight` for which `style` gives OLD or NEW as its pair; None: as it is."""
+    written: dict[str, ForeignTensor] = {}
+    for name, tensor in tensors.items():
+        pair = style(name) if name.endswith(".weight") else None
+        if pair is None:
+            written[name] = tensor
+            continue
+        start = name.removesuffix("weight")
+        ones = (tensor.shape[0], *(1 for _ in tensor.shape[1:]))
+        for part, shape in enumerate((ones, tensor.shape)):
+            read = functools.partial(_unfolded, tensor, part)
+            written[start + pair[part]] = ForeignTensor(shape=shape, read=read)
+    return written
+
+
+def _unfolded(tensor: ForeignTensor, part: int) -> Shaped[np.ndarray, "..."]:
+    return unfold(tensor.read())[part]

@@ -174,10 +174,31 @@ def test_parameters_are_split_as_their_axes_say():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     init = lambda key: Discriminators(SMALL).init(key, jnp.zeros((1, 230)))["params"]  # noqa: E731
     _, shardings = abstract_state(init, mesh)
-    assert shardings["period_0"]["convs_0"]["kernel"].spec == jax.P(None, None, "tensor")
-    assert shardings["period_0"]["convs_1"]["kernel"].spec == jax.P(None, "fsdp", "tensor")
-    assert shardings["spectral_0"]["convs_1"]["kernel"].spec == jax.P(None, None, "fsdp", "tensor")
+    assert shardings["period_0"]["convs_0"]["kernel"].spec == jax.P(None, None, "fsdp")
+    assert shardings["period_0"]["out"]["kernel"].spec == jax.P(None, "fsdp")
+    assert shardings["spectral_0"]["convs_1"]["kernel"].spec == jax.P(None, None, None, "fsdp")
     assert shardings["spectral_0"]["out"]["kernel"].spec == jax.P(None, None, "fsdp")
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_gradients_are_the_same_on_a_mesh(mesh):
+    mesh, rows = make_mesh(mesh), waves(8, 96)
+    init = lambda key: Discriminators(SMALL).init(key, rows)["params"]  # noqa: E731
+    _, shardings = abstract_state(init, mesh)
+    shardings = (shardings, batch_sharding(mesh))
+
+    def slopes(params, waveform):
+        def judged(params, waveform):
+            judgements = Discriminators(SMALL).apply({"params": params}, waveform)
+            return sum(jnp.square(1 - j.scores).mean() for j in judgements)
+
+        return jax.grad(judged, argnums=(0, 1))(params, waveform)
+
+    given = (random_params(SMALL), rows)
+    with jax.set_mesh(mesh), axis_rules():
+        got = jax.jit(slopes, out_shardings=shardings)(*jax.device_put(given, shardings))
+    want = jax.jit(slopes)(*given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()), got, want)
 
 
 @pytest.mark.parametrize(

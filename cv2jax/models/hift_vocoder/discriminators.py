@@ -42,7 +42,7 @@ class Discriminators(nn.Module):
 
     config: DiscriminatorConfig
     dtype: str = "float32"
-    dft: DftKind = "auto"
+    dft: DftKind = "matmul"
 
     @nn.compact
     def __call__(self, waveform: Float[Array, "B W"]) -> tuple[Judgement, ...]:
@@ -97,8 +97,12 @@ def _conv_over_time(size: int, before: int, after: int, stride: int, dtype: str,
 
 
 def _axes(before: int, after: int) -> Axes:
-    """Of the channels of a kernel; a single one is nothing to split."""
-    return (None if before == 1 else "embed", None if after == 1 else "mlp")
+    """Of the channels of a kernel: the larger side is what FSDP splits, tensor parallelism neither.
+
+    With the outputs split by tensor, XLA's partitioner adds the gradient of the inputs up wrongly on a mesh of three axes
+    (jaxlib 0.10.2, data = fsdp = tensor = 2); and layers this narrow would wait for each other more than they compute.
+    """
+    return ("embed", None) if before > after else (None, "embed")
 
 
 def fold(waveform: Float[Array, "B W"], period: int) -> Float[Array, "B period L"]:
@@ -121,7 +125,7 @@ class SpectralDiscriminator(nn.Module):
     window_length: int
     channels: int
     dtype: str = "float32"
-    dft: DftKind = "auto"
+    dft: DftKind = "matmul"
 
     @nn.compact
     def __call__(self, waveform: Float[Array, "B W"]) -> Judgement:
@@ -140,7 +144,7 @@ class SpectralDiscriminator(nn.Module):
 
 
 def magnitudes(
-    waveform: Float[Array, "B W"], fft_size: int, hop_length: int, window_length: int, dft: DftKind = "auto"
+    waveform: Float[Array, "B W"], fft_size: int, hop_length: int, window_length: int, dft: DftKind = "matmul"
 ) -> Float[Array, "B F bins"]:
     """|STFT| of `torch.stft`'s defaults: Hann, centred on every hop, ends reflected; F = W // hop + 1, bins = fft / 2 + 1.
 

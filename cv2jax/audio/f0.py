@@ -3,30 +3,32 @@
 import functools
 import importlib.machinery
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from cv2jax.config import UserError
 
-F0Method = Literal["harvest", "dio"]
-METHODS: tuple[F0Method, ...] = ("harvest", "dio")
+METHODS = ("harvest", "dio")
 MIN_HZ, MAX_HZ = 71.0, 800.0  # WORLD's own defaults, which upstream keeps
 _FEW_VOICED = 5  # frames: with fewer than that upstream distrusts Harvest
 
 
 def fundamental_frequency(
-    waveform: Float[np.ndarray, " W"], rate_hz: int, hop_length: int, *, method: F0Method = "harvest"
+    waveform: Float[np.ndarray, " W"], rate_hz: int, hop_length: int, *, method: str = "harvest"
 ) -> Float32[np.ndarray, " F"]:
     """Return F0 `[F]` in Hz, 0 where unvoiced, F = W // hop_length; frame i is that of the mel: centred on (i + ½)·hop.
 
     "harvest" finds more voiced frames, "dio" is some 25 times as fast; StoneMask refines both. Where Harvest hears fewer
     than five voiced frames (short or bare tones) DIO decides. Each value is WORLD's at the frame's own time, never a mean
     of neighbours: upstream asks for times 0, 20, … ms and stretches F + 1 values over F frames, unvoiced zeros too.
-    A waveform shorter than a hop has no frames; silence and noise are zeros. Raises UserError without pyworld.
+    A waveform shorter than a hop has no frames; silence and noise are zeros. Raises UserError without pyworld
+    and for another method.
     Source: CosyVoice `dataset/processor.py` `compute_f0` (spec/official.md 7.2).
     """
+    if method not in METHODS:
+        raise UserError(f"method={method}: choose {' or '.join(METHODS)}")
     world, num_frames = _load_world(), len(waveform) // hop_length
     if not num_frames or not np.any(waveform):
         return np.zeros(num_frames, np.float32)

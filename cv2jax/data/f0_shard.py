@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cv2jax.audio.f0 import F0Method, fundamental_frequency
+from cv2jax.audio.f0 import fundamental_frequency
 from cv2jax.data.corpus_index import write_bytes, write_json
 from cv2jax.data.shards import Split
 
@@ -37,7 +37,7 @@ class F0Task:
     num_records: int
     rate_hz: int
     hop_length: int
-    method: F0Method
+    method: str
     verify: bool
 
     @property

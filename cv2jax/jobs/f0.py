@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cv2jax.audio.f0 import METHODS, F0Method, fundamental_frequency
+from cv2jax.audio.f0 import METHODS, fundamental_frequency
 from cv2jax.audio.mel import MEL_HOP, MEL_RATE_HZ
 from cv2jax.config import UserError
 from cv2jax.data.corpus_index import write_json
@@ -50,7 +50,7 @@ class F0Result:
 
 
 def compute_f0(
-    corpus: str | os.PathLike[str], *, method: F0Method = "harvest", workers: int = 0, verify: bool = False
+    corpus: str | os.PathLike[str], *, method: str = "harvest", workers: int = 0, verify: bool = False
 ) -> F0Result:
     """Writes CORPUS/f0: `num_samples // 480` values an utterance, in Hz, 0 where unvoiced (`audio.f0` says of what times).
 
@@ -58,8 +58,6 @@ def compute_f0(
     UserError for a corpus that is none or not of 24 kHz, and for one whose F0 another method began.
     """
     start = time.monotonic()
-    if method not in METHODS:
-        raise UserError(f"method={method}: choose {' or '.join(METHODS)}")
     if workers < 0:
         raise UserError(f"workers={workers}: give a number of processes, or 0 for one a core")
     opened = Corpus(corpus)
@@ -68,7 +66,7 @@ def compute_f0(
             f"{corpus}: has {opened.rate_hz} Hz, but mel and F0 are of {MEL_RATE_HZ} Hz;"
             f" prepare a corpus with --rate_hz {MEL_RATE_HZ}"
         )
-    fundamental_frequency(np.zeros(0), MEL_RATE_HZ, MEL_HOP)  # is pyworld there? Say so here, not in a worker
+    fundamental_frequency(np.zeros(0), MEL_RATE_HZ, MEL_HOP, method=method)  # not there? Say so here, not in a worker
     workers = min(workers or num_cores(), len(opened.index["shards"]))
     root = opened.path / F0_DIRECTORY
     with _locked(root):
@@ -113,7 +111,7 @@ def _locked(root: pathlib.Path) -> Iterator[None]:
             raise UserError(f"{error.filename or root}: {error.strerror or error}; what was finished is kept") from None
 
 
-def _settle_method(root: pathlib.Path, method: F0Method) -> None:
+def _settle_method(root: pathlib.Path, method: str) -> None:
     """Notes the method of the first run; hours of it shall not be lost to a forgotten flag."""
     path = root / NOTES / "options.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -123,7 +121,7 @@ def _settle_method(root: pathlib.Path, method: F0Method) -> None:
     write_json(path, {"method": method})
 
 
-def _make_tasks(corpus: Corpus, method: F0Method, verify: bool) -> Iterator[F0Task]:
+def _make_tasks(corpus: Corpus, method: str, verify: bool) -> Iterator[F0Task]:
     for name in corpus.splits:
         split, first_row = corpus.split(name), 0
         for shard in corpus.index["shards"]:
@@ -166,7 +164,7 @@ def _run(tasks: list[F0Task], workers: int) -> list[F0Outcome]:
     return outcomes
 
 
-def _finish(corpus: Corpus, method: F0Method, outcomes: list[F0Outcome]) -> bool:
+def _finish(corpus: Corpus, method: str, outcomes: list[F0Outcome]) -> bool:
     """Writes the index and removes what belongs to shards that are no more; False where all stood so."""
     root = corpus.path / F0_DIRECTORY
     kept = {str(outcome.note["file"]) for outcome in outcomes}

@@ -24,7 +24,7 @@ def centres(num_samples: int) -> np.ndarray:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_samples", [36000, 36479])
-def test_a_glide_is_read_at_the_centres_of_the_frames(method: f0.F0Method, num_samples: int) -> None:
+def test_a_glide_is_read_at_the_centres_of_the_frames(method: str, num_samples: int) -> None:
     rising = lambda seconds: 120 + 200 * seconds  # noqa: E731
     found = fundamental_frequency(
         voice(rising(np.arange(num_samples) / MEL_RATE_HZ)), MEL_RATE_HZ, MEL_HOP, method=method
@@ -59,7 +59,7 @@ def test_frames_are_those_of_the_mel() -> None:
         np.zeros(24000),
         np.full(24000, 0.5),
         0.1 * np.random.default_rng(0).standard_normal(24000),
-        np.sign(np.sin(np.arange(24000) * 3.0)),  # far above any voice, at full scale
+        np.sign(np.random.default_rng(1).standard_normal(24000)),  # noise at full scale
         voice(np.full(1200, 150.0)),  # 50 ms
         np.ones(480),
         np.ones(7),
@@ -67,7 +67,7 @@ def test_frames_are_those_of_the_mel() -> None:
     ],
     ids=["silence", "constant", "noise", "clipped", "50ms", "frame", "less", "nothing"],
 )
-def test_what_has_no_pitch_is_zeros(waveform: np.ndarray, method: f0.F0Method) -> None:
+def test_what_has_no_pitch_is_zeros(waveform: np.ndarray, method: str) -> None:
     found = fundamental_frequency(waveform, MEL_RATE_HZ, MEL_HOP, method=method)
     assert found.shape == (len(waveform) // MEL_HOP,)
     assert not found.any()

@@ -43,15 +43,28 @@ setup(
         "text": ["wetext>=0.1.8"],  # Chinese and English number normalisers
         "official": ["torch>=2.6"],  # the official side of benches and conversions; never needed to run
         "corpus": ["espeakng-loader>=0.2.4"],  # bundles espeak-ng (GPL-3.0+): a data tool, never a runtime dependency
+        "vocoder": ["pyworld>=0.3.5"],  # F0 targets; built from source with a C++ compiler
+        # Judges of synthesised speech; pesq holds code of ITU-T P.862, which has terms of its own.
+        "judges": ["pesq>=0.0.4", "pocketsphinx>=5.0", "pystoi>=0.4.1"],
         "aot": ["jax[tpu]>=0.10.2"],  # libtpu compiles for TPU topologies on any x86-64 Linux machine
-        "test": ["beartype>=0.20", "espeakng-loader>=0.2.4", "pytest>=8.3", "pytest-xdist>=3.6", "PyYAML>=6"],
+        "test": [
+            "beartype>=0.20",
+            "espeakng-loader>=0.2.4",
+            "pocketsphinx>=5.0",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "pyworld>=0.3.5",
+            "PyYAML>=6",
+        ],
         "dev": [
             "beartype>=0.20",
             "espeakng-loader>=0.2.4",
+            "pocketsphinx>=5.0",
             "pre-commit>=4",
             "pyrefly==1.4.1",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
+            "pyworld>=0.3.5",
             "PyYAML>=6",
             "ruff==0.17.6",
         ],

@@ -34,6 +34,10 @@ HOMES = {
     "orbax": ("train/checkpoint.py",),  # its v1 interface still moves between releases
     "espeakng_loader": ("jobs/",),  # copyleft, and only in the extra [corpus]
     "tensorboardX": ("train/metrics.py",),
+    "pyworld": ("audio/f0.py",),  # only in the extra [vocoder]
+    "pesq": ("evaluation/perceptual.py",),  # only in the extra [judges], and the next two
+    "pystoi": ("evaluation/perceptual.py",),
+    "pocketsphinx": ("evaluation/grammar.py",),
 }
 MAX_FILE_LINES, MAX_MEDIAN_FILE_LINES = 400, 200
 MAX_FUNCTION_LINES, COMMON_FUNCTION_LINES, COMMON_SHARE = 80, 50, 0.9

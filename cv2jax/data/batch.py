@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Float32, Int, Integer
 
+from cv2jax.audio.mel import MEL_HOP
 from cv2jax.config import UserError
 from cv2jax.data.buckets import Bucket
 from cv2jax.data.order_file import SPEECH_TOKENS_PER_SECOND
@@ -25,11 +26,12 @@ def num_token_slots(num_samples: int, rate_hz: int) -> int:
 
 
 def batch_spec(
-    bucket: Bucket, *, text: bool = True, speaker: bool = False, speech_tokens: int | None = None
+    bucket: Bucket, *, text: bool = True, speaker: bool = False, speech_tokens: int | None = None, f0: bool = False
 ) -> BatchSpec:
     """Shape and dtype of each array in a global batch of the bucket.
 
-    `text`, `speaker`: whether the loader encodes texts, is given speakers. `speech_tokens`: how many a row has, if any.
+    `text`, `speaker`, `f0`: whether the loader encodes texts, is given speakers, F0. `speech_tokens`: how many a row has,
+    if any.
     """
     rows, integer = (bucket.batch_size,), np.dtype(np.int32)
     spec: BatchSpec = {
@@ -42,6 +44,8 @@ def batch_spec(
         spec |= {"text_tokens": ((*rows, bucket.num_text), integer), "num_text_tokens": (rows, integer)}
     if speech_tokens is not None:
         spec |= {"speech_tokens": ((*rows, speech_tokens), integer), "num_speech_tokens": (rows, integer)}
+    if f0:
+        spec |= {"f0": ((*rows, -(-bucket.num_samples // MEL_HOP)), np.dtype(np.float32))}
     return spec | {"speaker": (rows, integer)} if speaker else spec
 
 
@@ -55,15 +59,18 @@ def collate(
     rate_hz: int,
     speakers: Int[np.ndarray, "B"] | None = None,
     speech_tokens: Sequence[Int[np.ndarray, " _"]] | None = None,
+    f0: Sequence[Float32[np.ndarray, " _"]] | None = None,
 ) -> Batch:
     """Pads records to the bucket's lengths with zeros: `waveform` int16 [B W], `text_tokens` int32 [B T], their counts.
 
     `utterance` [B] is the row of the split, `row_mask` [B] False where a row only fills the shape. A record without
     text has no tokens; without `encode_text` there are none at all. `speech_tokens` [B L] are those of each record; one
-    that has none is no row. Raises UserError for a record that does not fit the bucket or has another rate.
+    that has none is no row. `f0` [B F] is that of each record, in Hz. Raises UserError for a record that does not fit the
+    bucket or has another rate.
     """
     slots = None if speech_tokens is None else num_token_slots(bucket.num_samples, rate_hz)
-    spec = batch_spec(bucket, text=encode_text is not None, speaker=speakers is not None, speech_tokens=slots)
+    has = {"text": encode_text is not None, "speaker": speakers is not None, "f0": f0 is not None}
+    spec = batch_spec(bucket, **has, speech_tokens=slots)
     batch = {name: np.zeros((len(records), *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
     batch["utterance"][:] = utterances
     batch["row_mask"][:] = row_mask
@@ -90,6 +97,8 @@ def collate(
         if speech_tokens is not None:
             _put(batch, "speech_tokens", i, _fitting(speech_tokens[i], len(record.waveform), rate_hz, place))
             batch["row_mask"][i] &= len(speech_tokens[i]) > 0
+        if f0 is not None:
+            batch["f0"][i, : len(f0[i])] = f0[i]
     return batch
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, num_token_slots
+from cv2jax.data.f0 import F0File
 from cv2jax.data.loader import make_evaluation_batches, make_loader
 from cv2jax.data.plan import Plan, make_plan
 from cv2jax.data.shards import Corpus, Split
@@ -25,11 +26,14 @@ class CorpusBatches:
     """Plans of the training split and of the held-out rows that each evaluation looks at, and their loaders.
 
     Batches hold texts, or with `speech_tokens` those of `config.data.speech_tokens` and speakers: then texts, which are
-    not read, leave no utterance out. `tokens` says what made them. Raises UserError for a corpus, split or file that is
-    not there, where no utterance is left to plan, and for tokens of another corpus.
+    not read, leave no utterance out. `tokens` says what made them. With `f0` they hold that of `cv2jax f0`, and no texts
+    either. Raises UserError for a corpus, split or file that is not there, where no utterance is left to plan, and for
+    tokens or F0 of another corpus.
     """
 
-    def __init__(self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False, f0: bool = False
+    ) -> None:
         self._config, self._require_text = config, require_text
         data = config.data
         if not data.corpus:
@@ -38,8 +42,12 @@ class CorpusBatches:
         self.rate_hz = self.corpus.rate_hz
         self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
         self.tokens = self._open_tokens() if speech_tokens else None
+        self.f0, judged_f0 = (F0File(self.corpus, s.name) if f0 else None for s in (self.train, self.held_out))
+        self._has_text = self.tokens is None and self.f0 is None
         self.plan = self._make_plan(self.train, data.num_buckets)
-        self._judged = SplitSubset(self.held_out, spread_rows(len(self.held_out), config.evaluate_utterances))
+        rows = spread_rows(len(self.held_out), config.evaluate_utterances)
+        self._judged = SplitSubset(self.held_out, rows)
+        self._judged_f0 = judged_f0 and judged_f0.take(rows)
         self._judged_plan = self._make_plan(self._judged, min(data.num_buckets, 2))
         logging.info("training batches of %s\n%s", data.corpus, self.plan.table())
 
@@ -61,7 +69,7 @@ class CorpusBatches:
         data = self._config.data
         return make_plan(
             split.num_samples,
-            split.num_characters if self.tokens is None else np.broadcast_to(np.int32(0), len(split)),
+            split.num_characters if self._has_text else np.broadcast_to(np.int32(0), len(split)),
             rate_hz=self.rate_hz,
             seed=self._config.seed,
             batch_seconds=data.batch_seconds,
@@ -96,8 +104,8 @@ class CorpusBatches:
         shapes = []
         for bucket in plan.buckets:
             slots = None if self.tokens is None else num_token_slots(bucket.num_samples, self.rate_hz)
-            has_tokens = slots is not None
-            spec = batch_spec(bucket, text=not has_tokens, speaker=has_tokens, speech_tokens=slots)
+            has = {"text": self._has_text, "speaker": slots is not None, "f0": self.f0 is not None}
+            spec = batch_spec(bucket, **has, speech_tokens=slots)
             shapes.append({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()})
         return shapes
 
@@ -115,6 +123,7 @@ class CorpusBatches:
             rows=self._rows(mesh),
             speaker=self.tokens is not None,
             tokens=self.tokens,
+            f0=self.f0,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
             prefetch=data.prefetch,
@@ -126,7 +135,8 @@ class CorpusBatches:
     def judged(self, mesh: Mesh, encode_text: EncodeText | None = None) -> Iterator[tuple[int, Batch]]:
         """(rows of the global batch, this process's rows) of every held-out batch."""
         options = {"rows": self._rows(mesh), "speaker": self.tokens is not None, "tokens": self.tokens}
-        with make_evaluation_batches(self._judged, self._judged_plan, encode_text, **options) as loader:
+        source = (self._judged, self._judged_plan, encode_text)
+        with make_evaluation_batches(*source, **options, f0=self._judged_f0) as loader:
             for index, batch in loader:
                 yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch
 

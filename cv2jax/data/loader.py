@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int64
 from cv2jax.config import UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate, num_token_slots
 from cv2jax.data.buckets import Bucket
+from cv2jax.data.f0 import F0File
 from cv2jax.data.plan import Plan
 from cv2jax.data.shards import Record
 from cv2jax.data.tokens import SpeechTokenFile
@@ -64,6 +65,7 @@ class _BatchSource:
         rows: SelectRows | None,
         speaker: bool,
         tokens: SpeechTokenFile | None,
+        f0: F0File | None,
     ) -> None:
         self._split: Any = split
         self._plan = plan
@@ -71,6 +73,7 @@ class _BatchSource:
         self._rows = rows
         self._speaker = speaker
         self._tokens = tokens
+        self._f0 = f0
         self._named: set[str] = set()  # utterances without speech tokens
 
     def _load(
@@ -89,6 +92,7 @@ class _BatchSource:
             rate_hz=self._plan.rate_hz,
             speakers=np.asarray(self._split.speaker[utterances], np.int32) if self._speaker else None,
             speech_tokens=None if self._tokens is None else [self._find(self._tokens, r.id) for r in records],
+            f0=None if self._f0 is None else [self._f0.read(row) for row in utterances.tolist()],
         )
         return np.array(step, np.int64), batch
 
@@ -236,6 +240,7 @@ def make_loader(
     rows: SelectRows | None = None,
     speaker: bool = False,
     tokens: SpeechTokenFile | None = None,
+    f0: F0File | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
@@ -243,12 +248,12 @@ def make_loader(
     """Training batches of `num_steps` steps (None: without end) from `start_step` on; same batches for any worker count.
 
     `rows` picks the rows of each global batch that this process loads (None: all). `speaker` adds each row's speaker,
-    `tokens` its speech tokens; one that has none is no row. `encode_text` (None: no text), `split` and `rows` must be
-    picklable when there are workers. `prefetch` batches are read ahead (see `Loader`), by `num_threads` threads where
-    there are no workers; what they may take is logged.
+    `tokens` its speech tokens; one that has none is no row; `f0` its F0. `encode_text` (None: no text), `split` and `rows`
+    must be picklable when there are workers. `prefetch` batches are read ahead (see `Loader`), by `num_threads` threads
+    where there are no workers; what they may take is logged.
     """
     steps = _ENDLESS if num_steps is None else num_steps
-    parts = (split, plan, encode_text, rows, speaker, tokens)
+    parts = (split, plan, encode_text, rows, speaker, tokens, f0)
     source = _TrainingSource(*parts, start_step=start_step, num_steps=steps)
     loader = Loader(source, start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     size = max(_batch_bytes(bucket, rows, _spec_options(plan, bucket, parts)) for bucket in plan.buckets) / 2**20
@@ -259,9 +264,9 @@ def make_loader(
 
 
 def _spec_options(plan: Plan, bucket: Bucket, parts: tuple[Any, ...]) -> dict[str, Any]:
-    _, _, encode_text, _, speaker, tokens = parts
+    _, _, encode_text, _, speaker, tokens, f0 = parts
     slots = None if tokens is None else num_token_slots(bucket.num_samples, plan.rate_hz)
-    return {"text": encode_text is not None, "speaker": speaker, "speech_tokens": slots}
+    return {"text": encode_text is not None, "speaker": speaker, "speech_tokens": slots, "f0": f0 is not None}
 
 
 def _batch_bytes(bucket: Bucket, rows: SelectRows | None, options: dict[str, Any]) -> int:
@@ -277,10 +282,11 @@ def make_evaluation_batches(
     rows: SelectRows | None = None,
     speaker: bool = False,
     tokens: SpeechTokenFile | None = None,
+    f0: F0File | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
     """Batches that show every planned utterance once, bucket by bucket; rows that only fill a shape are masked out."""
-    source = _EvaluationSource(split, plan, encode_text, rows, speaker, tokens)
+    source = _EvaluationSource(split, plan, encode_text, rows, speaker, tokens, f0)
     return Loader(source, 0, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)

@@ -9,16 +9,13 @@ import dataclasses
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -32,6 +29,7 @@ from cv2jax.data.manifest import ManifestScan, scan_manifest
 from cv2jax.data.prepare_report import write_report
 from cv2jax.data.shard_builder import PrepareOptions, ShardOutcome, ShardTask, build_shard, load_columns, note_path
 from cv2jax.data.shards import ENCODINGS, Corpus
+from cv2jax.jobs.pool import num_cores, start_workers
 from cv2jax.text.characters import CharacterVocabulary
 
 # So many shards, for the sake of parallel work and resuming, within these sizes.
@@ -83,7 +81,7 @@ def prepare(
     manifest, out = pathlib.Path(manifest).absolute(), pathlib.Path(out).absolute()
     _check_options(rate_hz, encoding, workers, shard_utterances)
     options = PrepareOptions(rate_hz=rate_hz, encoding=encoding, vocabulary=_load_vocabulary(vocabulary))
-    workers = workers or _num_cores()
+    workers = workers or num_cores()
     scan = scan_manifest(manifest, strict=strict)
     with _locked(out):
         shard_utterances = _settle_options(out, options, shard_utterances, len(scan.line))
@@ -107,10 +105,6 @@ def prepare(
         peak_worker_bytes=max(outcome.peak_bytes for outcome in outcomes),
         changed=changed or bool(made),
     )
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_options(rate_hz: int, encoding: str, workers: int, shard_utterances: int) -> None:
@@ -240,7 +234,7 @@ def _run(tasks: Iterator[ShardTask], *, total: int, num_shards: int, workers: in
     outcomes: list[ShardOutcome] = []
     waiting: deque[Future[ShardOutcome]] = deque()
     workers = min(workers, num_shards)
-    with _start_workers(workers) as pool, _Progress(total) as progress:
+    with start_workers(workers) as pool, _Progress(total) as progress:
         try:
             for task in tasks:
                 waiting.append(pool.submit(build_shard, task))
@@ -265,37 +259,6 @@ def _take(future: Future[ShardOutcome], progress: "_Progress") -> ShardOutcome:
         raise UserError(f"{outcome.error} (--strict: stopped; what was finished is kept)")
     progress.add(outcome)
     return outcome
-
-
-@contextlib.contextmanager
-def _start_workers(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yields a pool of fresh processes with one BLAS thread each: workers do not fight, and sums never change order."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent) as pool:
-            yield pool
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _watch_parent() -> None:
-    """Ends this worker with its parent: a pool's workers would outlive a killed one and wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Progress:

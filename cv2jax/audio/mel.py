@@ -1,5 +1,6 @@
 """The two log-mel spectrograms of CosyVoice 2: Whisper's 128 bins at 16 kHz and the flow's 80 bins at 24 kHz."""
 
+import dataclasses
 import functools
 
 import librosa
@@ -27,6 +28,22 @@ MEL_RATE_HZ = 24000
 MEL_FFT = 1920
 MEL_HOP = 480
 MEL_BINS = 80
+MEL_MARGIN = (MEL_FFT - MEL_HOP) // 2  # samples that the first frame sees before the audio, and the last behind it
+MEL_FMAX_HZ = 8000.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MelDefinition:
+    """What a log-mel is of: models that read one record it, and refuse another."""
+
+    rate_hz: int = MEL_RATE_HZ
+    num_mels: int = MEL_BINS
+    mel_fft: int = MEL_FFT  # points of the window and of the transform
+    mel_hop: int = MEL_HOP  # samples
+    mel_fmax_hz: float = MEL_FMAX_HZ
+
+
+FLOW_MEL = MelDefinition()  # what `mel_spectrogram` makes, and the flow
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,7 +80,7 @@ def mel_spectrogram(
     waveform: Float[ArrayOrNumpy, "B W"],
     num_samples: Int[ArrayOrNumpy, " B"] | None = None,
     *,
-    fmax: float | None = 8000.0,
+    fmax: float | None = MEL_FMAX_HZ,
     dft: DftKind = "auto",
 ) -> tuple[Float[ArrayOrNumpy, "B M F"], Int[ArrayOrNumpy, " B"]]:
     """Return the flow's log-mel `[B 80 F]` of 24 kHz audio `[B W]` and `num_frames [B]` = num_samples // 480.
@@ -72,14 +89,32 @@ def mel_spectrogram(
     for the vocoder's loss. Each row is reflected at its own end; frames that are not valid are 0.
     Source: Matcha-TTS `utils/audio.py` (spec/official.md 2.1). Numpy in, numpy out; jax in, jax out, also under jit.
     """
-    xp = array_namespace(waveform, num_samples)
     waveform, num_samples = trim_rows(waveform, num_samples)
-    padded = reflect_pad(waveform, num_samples, (MEL_FFT - MEL_HOP) // 2)
+    padded = reflect_pad(waveform, num_samples, MEL_MARGIN)
+    return _flow_mel(padded, num_samples, waveform.shape[1], fmax, dft)
+
+
+def mel_with_margins(
+    waveform: Float[ArrayOrNumpy, "B P"], *, fmax: float | None = MEL_FMAX_HZ, dft: DftKind = "auto"
+) -> Float[ArrayOrNumpy, "B M F"]:
+    """Return `mel_spectrogram` of a cut from longer audio that brings what its frames see beyond it: 720 samples a side."""
+    xp = array_namespace(waveform)
+    width = waveform.shape[1] - 2 * MEL_MARGIN
+    return _flow_mel(waveform, xp.full((waveform.shape[0],), width, dtype=np.int32), width, fmax, dft)[0]
+
+
+def _flow_mel(
+    padded: Float[ArrayOrNumpy, "B P"],
+    num_samples: Int[ArrayOrNumpy, " B"],
+    width: int,
+    fmax: float | None,
+    dft: DftKind,
+) -> tuple[Float[ArrayOrNumpy, "B M F"], Int[ArrayOrNumpy, " B"]]:
+    xp = array_namespace(padded)
     filters = mel_filters(MEL_RATE_HZ, MEL_FFT, MEL_BINS, fmax)
-    mel, num_frames, mask = _mel(
-        padded, num_samples, MEL_HOP, hann_window(MEL_FFT), filters, waveform.shape[1], dft, magnitude=True
-    )
-    return xp.where(mask, xp.log(xp.maximum(mel, 1e-5)), 0.0).astype(waveform.dtype), num_frames
+    options = (padded, num_samples, MEL_HOP, hann_window(MEL_FFT), filters, width, dft)
+    mel, num_frames, mask = _mel(*options, magnitude=True)
+    return xp.where(mask, xp.log(xp.maximum(mel, 1e-5)), 0.0).astype(padded.dtype), num_frames
 
 
 def _whisper_filters() -> Float[np.ndarray, "M K"]:

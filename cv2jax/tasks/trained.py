@@ -17,6 +17,8 @@ from cv2jax.config import LoraConfig, OptimizerConfig, UserError, from_dict
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow_params
+from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
+from cv2jax.models.hift_vocoder.model import init_params as init_vocoder_params
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.decode import transcribe_tokens
 from cv2jax.models.speech_tokenizer.model import init_model_state, init_params
@@ -26,6 +28,7 @@ from cv2jax.parallel.sharding import abstract_state
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
 from cv2jax.train.checkpoint import load_subtree
+from cv2jax.train.gan_step import GENERATOR, init_gan_state
 from cv2jax.train.lora import add_lora, effective_params, load_lora, trained_by
 from cv2jax.train.optimizer import AverageState, make_optimizer
 from cv2jax.train.run import load_run
@@ -123,6 +126,36 @@ def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = Non
     config = from_dict(FlowMatchingConfig, facts["model"] | kept)
     params, _ = load_params(run, functools.partial(init_flow_params, config), mesh, step=step, ema=True)
     return config, params
+
+
+def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[HiftVocoderConfig, Any]:
+    """(config in fp32, the generator's parameters over the mesh) of a vocoder's run, for `HiftStreams` and `synthesise`.
+
+    Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
+    is a run of another stage.
+    """
+    run = pathlib.Path(run)
+    described = load_run(run)
+    task, facts = described["config"].get("task"), described["facts"]
+    if task != "hift_vocoder" or "model" not in facts:
+        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a hift_vocoder")
+    config = from_dict(HiftVocoderConfig, facts["model"] | {"dtype": "float32"})
+    optimizer_config = from_dict(OptimizerConfig, described["config"].get("optimizer", {}))
+
+    def init_state(key: jax.Array) -> TrainState:
+        # The discriminators are left out: a checkpoint is read in part.
+        optimizer = make_optimizer(optimizer_config, described["config"].get("num_steps", 1))
+        return init_gan_state(init_vocoder_params(config, key), {}, optimizer, optax.identity())
+
+    abstract, _ = abstract_state(init_state, mesh)
+    wanted: dict[str, Any] = {"params": {GENERATOR: abstract.params[GENERATOR]}}
+    if optimizer_config.ema_decay:
+        is_average = lambda part: isinstance(part, AverageState)  # noqa: E731
+        keep = lambda part: part if is_average(part) else None  # noqa: E731
+        wanted = {"opt_state": {GENERATOR: jax.tree.map(keep, abstract.opt_state[GENERATOR], is_leaf=is_average)}}
+    loaded = load_subtree(run / "checkpoints", wanted, find_step(run, step))
+    average = optax.tree.get(loaded.get("opt_state"), "ema_params", {})
+    return config, combine(loaded.get("params", {}).get(GENERATOR, {}), average)
 
 
 def find_text_tokenizer(described: dict[str, Any], run: str | os.PathLike[str], place: str = "") -> TextTokenizer:

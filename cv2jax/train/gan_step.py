@@ -18,6 +18,8 @@ from cv2jax.train.step import Batch, Metrics, StepFunction, batch_hash
 GENERATOR, DISCRIMINATORS = "generator", "discriminators"
 
 Waveform = Float[Array, "B W"]
+# prepare(batch, key) → what the losses and the generator see of a batch
+Prepare = Callable[[Batch, jax.Array], Batch]
 # generate(params, batch, key) → (waveform, what else a loss looks at: a pytree of float arrays, None for nothing)
 Generate = Callable[[Any, Batch, jax.Array], tuple[Waveform, Any]]
 # spectral_loss(waveform, the rest, batch) → (scalar, metrics): all of the generator's loss that needs no discriminator
@@ -60,6 +62,7 @@ def evaluation_generator(state: TrainState) -> Any:
 
 def make_gan_step(
     *,
+    prepare: Prepare = lambda batch, _: batch,
     generate: Generate,
     spectral_loss: SpectralLoss,
     discriminator_loss: ContestLoss,
@@ -97,12 +100,13 @@ def make_gan_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         generator, judges = state.params[GENERATOR], state.params[DISCRIMINATORS]
-        step_key = jax.random.fold_in(key, state.step)
-        (fake, others), pull_back = jax.vjp(lambda params: generate(params, batch, step_key), generator)
+        prepare_key, generate_key = jax.random.split(jax.random.fold_in(key, state.step))
+        ready = prepare(batch, prepare_key)
+        (fake, others), pull_back = jax.vjp(lambda params: generate(params, ready, generate_key), generator)
         fake = _by_rows(fake)
         spectral = jax.value_and_grad(spectral_loss, argnums=(0, 1), has_aux=True)
-        (loss, metrics), (slope, other_slopes) = spectral(fake, others, batch)
-        players = (judges, state.opt_state[DISCRIMINATORS], fake, real(batch))
+        (loss, metrics), (slope, other_slopes) = spectral(fake, others, ready)
+        players = (judges, state.opt_state[DISCRIMINATORS], fake, real(ready))
         if adversarial_from > 0:
             new_judges, judges_state, judged = jax.lax.cond(state.step >= adversarial_from, contest, rest, *players)
         else:

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from cv2jax.config import MeshConfig, UserError, validate
 from cv2jax.models.hift_vocoder.discriminator_config import DiscriminatorConfig
-from cv2jax.models.hift_vocoder.discriminators import Discriminators, conv_over_bins, fold, magnitudes
+from cv2jax.models.hift_vocoder.discriminators import Discriminators, TimeConv, conv_over_bins, fold, magnitudes
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules, batch_sharding, replicated
 from tests.models.golden_discriminators import GOLDENS, SMALL, SPECTRAL, abstract_params, random_params, spectral_params
@@ -110,6 +111,35 @@ def test_a_stride_in_the_channels_is_a_stride(bins, size, stride):
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
     for got, want in zip(ours[1](theirs[0]), theirs[1](theirs[0]), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def convolutions(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            yield equation.params
+        for inner in jaxprs_in_params(equation.params):
+            yield from convolutions(inner)
+
+
+def test_every_convolution_and_gradient_has_the_layout_that_is_fast_inside_a_branch():
+    total = lambda p, w: sum(jnp.sum(j.scores) for j in Discriminators(SMALL).apply({"params": p}, w))  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(abstract_params(SMALL), waves())
+    found = list(convolutions(program.jaxpr))
+    assert len(found) == 2 * 6 * 3  # resolutions, layers; itself and two gradients
+    for params in found:
+        assert tuple(params["dimension_numbers"]) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+        assert {*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]} == {1}
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 3), (17, 3), (18, 3), (16, 1), (2, 3)])
+def test_a_layer_over_time_is_a_convolution(length, stride):
+    rng = np.random.default_rng(3)
+    layer, x = TimeConv((5, 2, 3), stride), jnp.asarray(rng.standard_normal((4, length, 2), np.float32))
+    params = {name: jnp.asarray(rng.standard_normal(n, np.float32)) for name, n in (("kernel", (5, 2, 3)), ("bias", 3))}
+    plain = jax.lax.conv_general_dilated(
+        x, params["kernel"], (stride,), [(2, 2)], dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    np.testing.assert_allclose(layer.apply({"params": params}, x), plain + params["bias"], rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_and_names():

@@ -164,6 +164,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     got, found, _ = toy_gan.run(6, ONE, **options, resume_at=4, directory=tmp_path)
     same(got, want)
     same(found, wanted)
+    assert [bool(m["skipped"]) for m in found] == [index == 1 for index in range(6)]
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)])

@@ -78,6 +78,6 @@ def test_every_marker_is_run_somewhere_and_explained() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md"])
 def test_pages_name_only_verbs_that_exist(page: str) -> None:
-    named = set(re.findall(r"(?:^\s*|`|&& |-- )cv2jax ([a-z]+)", _read(page), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^\s*|`|&& |-- )cv2jax ([a-z0-9]+)", _read(page), flags=re.MULTILINE))
     assert named
     assert named <= set(verbs())

@@ -213,8 +213,8 @@ def load_synthesiser(
     """(the vocoder of a run's newest, or given, checkpoint as a function; what to say of it); UserError as `load_vocoder`."""
     import jax
 
-    from cv2jax.models.hift_vocoder.stream import synthesise  # pyrefly: ignore
-    from cv2jax.tasks.trained import find_step, load_vocoder  # pyrefly: ignore
+    from cv2jax.models.hift_vocoder.stream import synthesise
+    from cv2jax.tasks.trained import find_step, load_vocoder
 
     step = find_step(run, step)
     config, params = load_vocoder(run, make_mesh(MeshConfig(), jax.local_devices()[:1]), step=step)

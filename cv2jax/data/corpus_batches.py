@@ -25,12 +25,15 @@ class CorpusBatches:
     """Plans of the training split and of the held-out rows that each evaluation looks at, and their loaders.
 
     Batches hold texts, or with `speech_tokens` those of `config.data.speech_tokens` and speakers: then texts, which are
-    not read, leave no utterance out. `tokens` says what made them. Raises UserError for a corpus, split or file that is
-    not there, where no utterance is left to plan, and for tokens of another corpus.
+    not read, leave no utterance out; with `speaker` speakers alone. `tokens` says what made them. Raises UserError for a
+    corpus, split or file that is not there, where no utterance is left to plan, and for tokens of another corpus.
     """
 
-    def __init__(self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False, speaker: bool = False
+    ) -> None:
         self._config, self._require_text = config, require_text
+        self._speaker = speaker or speech_tokens  # and then no texts
         data = config.data
         if not data.corpus:
             raise UserError("data.corpus is not set: give --corpus DIR, a directory written by `cv2jax prepare`")
@@ -61,7 +64,7 @@ class CorpusBatches:
         data = self._config.data
         return make_plan(
             split.num_samples,
-            split.num_characters if self.tokens is None else np.broadcast_to(np.int32(0), len(split)),
+            np.broadcast_to(np.int32(0), len(split)) if self._speaker else split.num_characters,
             rate_hz=self.rate_hz,
             seed=self._config.seed,
             batch_seconds=data.batch_seconds,
@@ -96,8 +99,7 @@ class CorpusBatches:
         shapes = []
         for bucket in plan.buckets:
             slots = None if self.tokens is None else num_token_slots(bucket.num_samples, self.rate_hz)
-            has_tokens = slots is not None
-            spec = batch_spec(bucket, text=not has_tokens, speaker=has_tokens, speech_tokens=slots)
+            spec = batch_spec(bucket, text=not self._speaker, speaker=self._speaker, speech_tokens=slots)
             shapes.append({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()})
         return shapes
 
@@ -113,7 +115,7 @@ class CorpusBatches:
             start_step=start_step,
             num_steps=num_steps - start_step,
             rows=self._rows(mesh),
-            speaker=self.tokens is not None,
+            speaker=self._speaker,
             tokens=self.tokens,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
@@ -125,7 +127,7 @@ class CorpusBatches:
 
     def judged(self, mesh: Mesh, encode_text: EncodeText | None = None) -> Iterator[tuple[int, Batch]]:
         """(rows of the global batch, this process's rows) of every held-out batch."""
-        options = {"rows": self._rows(mesh), "speaker": self.tokens is not None, "tokens": self.tokens}
+        options = {"rows": self._rows(mesh), "speaker": self._speaker, "tokens": self.tokens}
         with make_evaluation_batches(self._judged, self._judged_plan, encode_text, **options) as loader:
             for index, batch in loader:
                 yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Int
 _START, _END = 1.0, 1e-3  # of the exponential that the margin falls short by
 
 
-def margin_at(
-    step: Int[Array, ""], *, margin: float, start: int, end: int
-) -> Float[Array, ""]:
+def margin_at(step: Int[Array, ""], *, margin: float, start: int, end: int) -> Float[Array, ""]:
     """The margin of a step in radians: 0 up to `start`, `margin` from `end` on, exponential between (wespeaker's schedule)."""
     done = (step - start) / max(end - start, 1)
     ratio = 1.0 - jnp.exp(done * math.log(_END / (_START + 1e-6))) * _START

@@ -108,7 +108,9 @@ def _fbank(audio: Float[Array, "B W"], num_samples: Int[Array, " B"]) -> tuple[F
 
 
 def _rms(audio: Float[Array, "B W"], num_samples: Int[Array, " B"]) -> Float[Array, " B"]:
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.where(_valid(audio, num_samples), audio, 0)), 1) / jnp.maximum(num_samples, 1))
+    return jnp.sqrt(
+        jnp.sum(jnp.square(jnp.where(_valid(audio, num_samples), audio, 0)), 1) / jnp.maximum(num_samples, 1)
+    )
 
 
 def _valid(audio: Float[Array, "B W"], num_samples: Int[Array, " B"]) -> Bool[Array, "B W"]:

@@ -101,7 +101,7 @@ class TimeFrequencyConv(nn.Module):
     def __call__(self, x: Float[Array, "B T M D_in"]) -> Float[Array, "B T N D_out"]:
         """Maps M bands to ceil(M / stride)."""
         size, channels = self.shape[0], self.shape[1:]
-        init = partitioned(fan_in_init(3, 4, INIT_SCALE), ("conv", "conv", None, None))
+        init = partitioned(fan_in_init(3, 4, INIT_SCALE), ("conv", None, None, None))
         kernel = self.param("kernel", init, (size, size, *channels))
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),

@@ -87,7 +87,7 @@ class EmbeddingFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = check_embeddings_path(path)
         try:
-            with np.load(self.path, allow_pickle=False) as arrays:
+            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 ids, speakers = arrays["ids"].tolist(), arrays["speakers"].tolist()
                 self.embeddings = arrays["embeddings"]
                 self.speaker_embeddings = arrays["speaker_embeddings"]

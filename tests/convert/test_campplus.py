@@ -21,9 +21,9 @@ def test_what_comes_in_goes_out_bit_for_bit():
 
 def test_statistics_are_no_parameters():
     tree = golden_tree()
-    np.testing.assert_array_equal(tree["norms"]["dense_norm"]["mean"], GoldenReader().arrays[
-        "xvector.dense.nonlinear.batchnorm.running_mean"
-    ])
+    np.testing.assert_array_equal(
+        tree["norms"]["dense_norm"]["mean"], GoldenReader().arrays["xvector.dense.nonlinear.batchnorm.running_mean"]
+    )
     assert "dense_norm" not in tree["encoder"]  # it is not affine
     assert set(tree["encoder"]["tdnn_norm"]) == {"scale", "bias"}
 

@@ -50,7 +50,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_before(path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(embeddings.np, "savez", full)
-    with pytest.raises(UserError, match="cannot write .No space left on device.; make room"):
+    with pytest.raises(UserError, match=r"cannot write .No space left on device.; make room"):
         save_embeddings(path, IDS, SPEAKERS, VECTORS, {"encoder": "other"})
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["e.npz"]
@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_before(path, monkeypatch)
 def test_damage_is_one_line(path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="no whole file of embeddings .*; run `cv2jax embed` again"):
+    with pytest.raises(UserError, match=r"no whole file of embeddings .*; run `cv2jax embed` again"):
         EmbeddingFile(path)
     np.savez(path, ids=np.array(IDS), speakers=np.array(["bo"]), embeddings=VECTORS)
     with pytest.raises(UserError, match="speaker_embeddings"):
@@ -68,12 +68,12 @@ def test_damage_is_one_line(path):
     with pytest.raises(UserError, match="not all of them finite"):
         EmbeddingFile(path)
     path.unlink()
-    with pytest.raises(UserError, match="cannot read .No such file"):
+    with pytest.raises(UserError, match=r"cannot read .No such file"):
         EmbeddingFile(path)
 
 
 def test_only_npz_and_no_directory(tmp_path):
-    with pytest.raises(UserError, match="embeddings are written as .npz"):
+    with pytest.raises(UserError, match=r"embeddings are written as .npz"):
         check_embeddings_path(tmp_path / "e.jsonl")
     (tmp_path / "d.npz").mkdir()
     with pytest.raises(UserError, match="is a directory"):

@@ -60,7 +60,9 @@ def score_of(vectors, speakers, usable=None):
         score.add(
             np.array(vectors, np.float32)[rows], np.array(speakers)[rows], np.ones(count, bool)[rows], usable[rows]
         )
-    score.add(np.ones((2, 2), np.float32), np.array([9, 9]), np.zeros(2, bool), np.ones(2, bool))  # only fill a batch
+    score.add(
+        np.ones((2, np.shape(vectors)[1]), np.float32), np.array([9, 9]), np.zeros(2, bool), np.ones(2, bool)
+    )  # only fill a batch
     return score.metrics()
 
 

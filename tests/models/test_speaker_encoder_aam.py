@@ -1,5 +1,7 @@
 """AAM-softmax against its definition: the margin on the label's angle, the fallback, the schedule."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +39,7 @@ def test_beyond_pi_the_margin_is_a_constant_so_that_logits_keep_falling():
     angles = np.linspace(0, np.pi, 50)
     embedding = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
     logits, _ = aam_logits(embedding, classes, jnp.zeros(50, jnp.int32), jnp.float32(margin), 1.0)
-    want = np.where(
-        angles < np.pi - margin, np.cos(angles + margin), np.cos(angles) - (1 + np.cos(np.pi - margin))
-    )
+    want = np.where(angles < np.pi - margin, np.cos(angles + margin), np.cos(angles) - (1 + np.cos(np.pi - margin)))
     np.testing.assert_allclose(np.asarray(logits)[:, 0], want, atol=2e-3)
     assert np.all(np.diff(np.asarray(logits)[:, 0])[angles[1:] < np.pi - margin] < 1e-6)
 
@@ -66,7 +66,7 @@ def test_the_margin_grows_between_its_two_steps():
     schedule = lambda step: float(margin_at(jnp.int32(step), margin=0.2, start=10, end=20))  # noqa: E731
     assert schedule(0) == schedule(10) == 0
     grown = [schedule(step) for step in range(10, 21)]
-    assert all(b > a for a, b in zip(grown, grown[1:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(grown))
     assert schedule(15) == pytest.approx(0.2 * (1 - 1e-3**0.5), rel=1e-4)
     assert schedule(20) == schedule(10**6) == pytest.approx(0.2)
     assert float(margin_at(jnp.int32(0), margin=0.2, start=0, end=0)) == pytest.approx(0.2)  # at once

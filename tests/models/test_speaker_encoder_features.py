@@ -85,7 +85,7 @@ def test_speeds_shift_the_pitch_and_leave_the_crops_length():
     config = dataclasses.replace(PLAIN, speeds=(0.8, 1.0, 1.25))
     num_samples = [24_000] * 30 + [6_000] * 30
     waveform = tones(num_samples, 24_000, 1_000.0)
-    features, num_frames, speed = training(config, jax.random.key(2), waveform, jnp.array(num_samples), RATE)
+    _, num_frames, speed = training(config, jax.random.key(2), waveform, jnp.array(num_samples), RATE)
     assert set(np.asarray(speed).tolist()) == {0, 1, 2}
     peaks = np.asarray(kaldi_bins(config, waveform, num_samples))
     for index in range(3):

@@ -106,9 +106,7 @@ def test_the_convolution_over_time_is_the_strided_dilated_sum(size, stride, dila
     got = module.apply({"params": {"kernel": jnp.asarray(kernel)}}, jnp.asarray(x))
     reach = dilation * (size // 2)
     padded = np.pad(x, ((0, 0), (reach, reach), (0, 0)))
-    want = [
-        sum(padded[:, t + i * dilation] @ kernel[i] for i in range(size)) for t in range(0, num_frames, stride)
-    ]
+    want = [sum(padded[:, t + i * dilation] @ kernel[i] for i in range(size)) for t in range(0, num_frames, stride)]
     np.testing.assert_allclose(got, np.stack(want, axis=1), atol=1e-5)
 
 

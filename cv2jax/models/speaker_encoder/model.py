@@ -19,7 +19,10 @@ from cv2jax.nn.layers import partitioned
 # Three frames are the least of which a deviation can be taken; four are the least that upstream's runtime is built for.
 MIN_FRAMES = 4
 MIN_SAMPLES = FBANK_FRAME + (MIN_FRAMES - 1) * FBANK_HOP  # at 16 kHz: 55 ms
-_HASHED_FIELDS = "num_mels head_channels init_channels growth bn_size block_layers dilations embedding_dim segment_frames partial_segment"
+_HASHED_FIELDS = (
+    "num_mels head_channels init_channels growth bn_size block_layers dilations embedding_dim segment_frames"
+    " partial_segment"
+)
 
 
 def init_params(config: SpeakerEncoderConfig, key: Key[Array, ""], num_speakers: int = 0) -> PyTree:

@@ -145,6 +145,7 @@ def test_statistics_that_settled_give_in_use_what_training_gave():
     assert float(cosine.min()) > 0.999
 
 
+@pytest.mark.full
 def test_rematerialisation_changes_no_number():
     features, _ = batch()
     want = training_numbers(features, NUM_FRAMES)

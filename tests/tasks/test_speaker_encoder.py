@@ -44,6 +44,7 @@ def first_steps(config, mesh_config, num_devices, num_steps=2):
     return got, jax.device_get(state.model_state)
 
 
+@pytest.mark.full  # with every change, tests/models sees the statistics of a mesh
 def test_loss_and_statistics_are_the_same_on_every_mesh(corpus):
     config = config_of(corpus, "model.speeds=(0.9,1.0)")
     want, state = first_steps(config, MeshConfig(), 1)
@@ -77,8 +78,8 @@ def test_a_killed_run_resumes_bit_for_bit_with_its_statistics(corpus, tmp_path):
 
 
 def test_it_learns_to_tell_voices_apart_and_reports_it(corpus, tmp_path, caplog):
-    sets = ("num_steps=40", "evaluate_every=20", "save_every=40", "optimizer.learning_rate=0.01", "model.margin=0.0")
-    config = config_of(corpus, *sets)
+    sets = ("num_steps=60", "evaluate_every=30", "save_every=60", "optimizer.learning_rate=0.01", "model.margin=0.0")
+    config = config_of(corpus, *sets, "model.noise_share=0.0", "model.head_channels=4", "data.batch_seconds=16")
     task = make_task(config)
     assert "1 speakers have a single utterance to train on: hermit" in caplog.text
     assert train(task, config, tmp_path) == 0

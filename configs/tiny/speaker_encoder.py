@@ -4,7 +4,7 @@
 
 On a synthetic corpus of 16 espeak-ng voices (1.5 h to train, 106 sentences of them that it never heard) the equal-error rate
 over all 5,565 held-out pairs fell from 22.6 % at step 50 to 10.7 % at 100, 4.7 % at 150, 2.2 % at 200 and 1.4 % at 300, with
-another seed to 1.0 %, in 3.9 to 4.7 minutes of processor time, compilation included. Crops of a second do where a voice is a synthesiser's; people need longer ones.
+another seed to 1.0 %, in 3.9 to 4.7 minutes of processor time, compilation included.
 """
 
 from cv2jax.config import DataConfig, OptimizerConfig, TrainConfig

@@ -22,6 +22,8 @@ MILLIONS = {
     "speech_tokenizer_tiny": (1, 4),
     "speech_tokenizer_base": (50, 120),
     "speech_tokenizer_official": (700, 1100),
+    "speaker_encoder_tiny": (0.05, 0.15),
+    "speaker_encoder_official": (6.8, 6.9),
     "flow_matching_tiny": (3, 4),
     "flow_matching_official": (112, 113),
     "text_speech_lm_tiny": (2, 3),

@@ -26,15 +26,22 @@ class CorpusBatches:
     """Plans of the training split and of the held-out rows that each evaluation looks at, and their loaders.
 
     Batches hold texts, or with `speech_tokens` those of `config.data.speech_tokens` and speakers: then texts, which are
-    not read, leave no utterance out. `tokens` says what made them. With `f0` they hold that of `cv2jax f0`, and no texts
-    either. Raises UserError for a corpus, split or file that is not there, where no utterance is left to plan, and for
-    tokens or F0 of another corpus.
+    not read, leave no utterance out; with `speaker` speakers alone, with `f0` what `cv2jax f0` wrote, and no texts either.
+    `tokens` says what made the tokens. Raises UserError for a corpus, split or file that is not there, where no utterance is
+    left to plan, and for tokens or F0 of another corpus.
     """
 
     def __init__(
-        self, config: TrainConfig, *, require_text: bool, speech_tokens: bool = False, f0: bool = False
+        self,
+        config: TrainConfig,
+        *,
+        require_text: bool,
+        speech_tokens: bool = False,
+        speaker: bool = False,
+        f0: bool = False,
     ) -> None:
         self._config, self._require_text = config, require_text
+        self._speaker = speaker or speech_tokens
         data = config.data
         if not data.corpus:
             raise UserError("data.corpus is not set: give --corpus DIR, a directory written by `cv2jax prepare`")
@@ -43,7 +50,7 @@ class CorpusBatches:
         self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
         self.tokens = self._open_tokens() if speech_tokens else None
         self.f0, judged_f0 = (F0File(self.corpus, s.name) if f0 else None for s in (self.train, self.held_out))
-        self._has_text = self.tokens is None and self.f0 is None
+        self._has_text = not self._speaker and not f0
         self.plan = self._make_plan(self.train, data.num_buckets)
         rows = spread_rows(len(self.held_out), config.evaluate_utterances)
         self._judged = SplitSubset(self.held_out, rows)
@@ -104,7 +111,7 @@ class CorpusBatches:
         shapes = []
         for bucket in plan.buckets:
             slots = None if self.tokens is None else num_token_slots(bucket.num_samples, self.rate_hz)
-            has = {"text": self._has_text, "speaker": slots is not None, "f0": self.f0 is not None}
+            has = {"text": self._has_text, "speaker": self._speaker, "f0": self.f0 is not None}
             spec = batch_spec(bucket, **has, speech_tokens=slots)
             shapes.append({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()})
         return shapes
@@ -121,7 +128,7 @@ class CorpusBatches:
             start_step=start_step,
             num_steps=num_steps - start_step,
             rows=self._rows(mesh),
-            speaker=self.tokens is not None,
+            speaker=self._speaker,
             tokens=self.tokens,
             f0=self.f0,
             num_workers=data.num_workers,
@@ -134,7 +141,7 @@ class CorpusBatches:
 
     def judged(self, mesh: Mesh, encode_text: EncodeText | None = None) -> Iterator[tuple[int, Batch]]:
         """(rows of the global batch, this process's rows) of every held-out batch."""
-        options = {"rows": self._rows(mesh), "speaker": self.tokens is not None, "tokens": self.tokens}
+        options = {"rows": self._rows(mesh), "speaker": self._speaker, "tokens": self.tokens}
         source = (self._judged, self._judged_plan, encode_text)
         with make_evaluation_batches(*source, **options, f0=self._judged_f0) as loader:
             for index, batch in loader:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cv2jax.evaluation.flow import draw_spectrograms
+from cv2jax.evaluation.speaker import draw_scores
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -32,7 +33,7 @@ def training_page(
     Args:
       summary: name → value, shown first. curves_png: the run's curves. evaluations: held-out lines of metrics.jsonl in
         order, of which the last may carry `examples` [[reference, recognised], …] and `digit_histogram` [8][3], and
-        `spectrograms` of `evaluation.flow.pack_spectrograms`.
+        `spectrograms` of `evaluation.flow.pack_spectrograms`, and `score_distribution` of `evaluation.speaker`.
       config_text: printed whole. notes: paragraphs under the summary.
     """
     last = evaluations[-1] if evaluations else {}
@@ -43,6 +44,9 @@ def training_page(
         parts += ["<h2>Codebook</h2>", _image(draw_codebook(evaluations), "use of the codebook")]
     if last.get("spectrograms"):
         parts += ["<h2>Held-out mel</h2>", _image(draw_spectrograms(last["spectrograms"]), "truth, offline, streamed")]
+    if last.get("score_distribution"):
+        picture = draw_scores(last["score_distribution"], last.get("threshold"))
+        parts += ["<h2>Held-out pairs</h2>", _image(picture, "cosines of pairs of one speaker and of two")]
     if last.get("examples"):
         parts.append("<h2>Heard on held-out speech</h2>")
         parts.append(_table(("spoken", "recognised"), last["examples"]))

@@ -9,6 +9,7 @@ from cv2jax.train.metrics import draw_curves, read_metrics
 from cv2jax.train.run import load_run
 
 _PERCENT = {
+    "eer": "equal-error rate, held-out pairs",
     "offline_ratio": "mel distance offline, of that of a constant mel a token",
     "streamed_ratio": "mel distance streamed, of that of a constant mel a token",
     "seen_share": "held-out frames whose token training showed",
@@ -18,6 +19,9 @@ _PERCENT = {
     "codes_used_share": "share of the codebook used on held-out speech",
 }
 _PLAIN = {
+    "same_cosine": "cosine of two utterances of one speaker, mean",
+    "different_cosine": "cosine of two utterances of two speakers, mean",
+    "num_lone_speakers": "speakers with one held-out utterance, which makes no pair",
     "offline_mel_l1": "mel distance offline (mean |difference| of log-mel)",
     "streamed_mel_l1": "mel distance streamed",
     "streamed_difference": "distance between streamed and offline mel",

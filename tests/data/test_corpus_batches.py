@@ -114,6 +114,22 @@ def test_batches_have_the_shapes_they_promise(corpus: pathlib.Path, tokens: path
     assert not any(name.startswith(("text", "num_text")) for shapes in promised for name, _, _ in shapes)
 
 
+def test_speakers_come_without_tokens_and_without_texts(
+    corpus: pathlib.Path, mesh: Mesh, tmp_path: pathlib.Path
+) -> None:
+    silent = write_records(tmp_path / "none", None)
+    for path in (corpus, silent):
+        data = DataConfig(corpus=str(path), batch_seconds=1.5, batch_multiple=4)
+        config = TrainConfig(name="small", task="speaker_encoder", model=None, num_steps=9, data=data)
+        batches = CorpusBatches(config, require_text=False, speaker=True)
+        assert batches.tokens is None
+        for batch in load(batches, mesh):
+            assert set(batch) == {"waveform", "num_samples", "utterance", "row_mask", "speaker"}
+        for _, _, batch in batches.training(0, 3, mesh):
+            assert batch["speaker"].tolist() == batches.train.speaker[batch["utterance"]].tolist()
+        assert set(batches.training_shapes()[0]) == set(batch)
+
+
 def test_neither_the_format_nor_who_reads_changes_a_batch(
     corpus: pathlib.Path, tokens: pathlib.Path, mesh: Mesh, tmp_path: pathlib.Path
 ) -> None:

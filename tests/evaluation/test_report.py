@@ -38,6 +38,14 @@ def test_a_run_without_codebook_or_examples_leaves_them_out():
     assert page([]).startswith("<!doctype html>")
 
 
+def test_pairs_of_speakers_have_a_picture():
+    shares = [0.0] * 79 + [1.0]
+    line = {"step": 1, "eer": 0.1, "threshold": 0.5, "score_distribution": {"same": shares, "different": shares[::-1]}}
+    text = page([line])
+    assert "Held-out pairs" in text
+    assert text.count("data:image/png;base64,") == 2
+
+
 def test_the_codebook_is_a_png():
     assert draw_codebook(EVALUATIONS).startswith(b"\x89PNG")
 

@@ -1,0 +1,1 @@
+"""The speaker encoder: speech to one vector that says who speaks (CAM++)."""

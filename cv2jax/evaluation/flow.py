@@ -104,12 +104,13 @@ def pack_spectrograms(mel: Mapping[str, Float[np.ndarray, "F M"]]) -> dict[str, 
 
 
 def draw_spectrograms(packed: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: a column an utterance, a row each for truth, offline and streamed."""
-    figure = Figure(figsize=(5 * len(packed), 6), layout="constrained")
+    """PNG: a column an utterance, a row a kind (truth, offline, streamed; or truth, copy)."""
+    kinds = [kind for kind in packed[0] if kind != "shape"]
+    figure = Figure(figsize=(5 * len(packed), 2 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(KINDS), len(packed), squeeze=False)
+    axes = figure.subplots(len(kinds), len(packed), squeeze=False)
     for column, example in enumerate(packed):
-        for row, kind in enumerate(KINDS):
+        for row, kind in enumerate(kinds):
             pixels = np.frombuffer(base64.b64decode(example[kind]), np.uint8).reshape(example["shape"])
             axes[row][column].imshow(pixels.T, origin="lower", aspect="auto", vmin=0, vmax=255)
             axes[row][column].set_title(kind, fontsize=9)

@@ -43,7 +43,10 @@ def training_page(
     if last.get("codes_used"):
         parts += ["<h2>Codebook</h2>", _image(draw_codebook(evaluations), "use of the codebook")]
     if last.get("spectrograms"):
-        parts += ["<h2>Held-out mel</h2>", _image(draw_spectrograms(last["spectrograms"]), "truth, offline, streamed")]
+        parts += [
+            "<h2>Held-out mel</h2>",
+            _image(draw_spectrograms(last["spectrograms"]), "spectrograms, the truth first"),
+        ]
     if last.get("score_distribution"):
         picture = draw_scores(last["score_distribution"], last.get("threshold"))
         parts += ["<h2>Held-out pairs</h2>", _image(picture, "cosines of pairs of one speaker and of two")]

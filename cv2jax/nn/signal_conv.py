@@ -76,19 +76,20 @@ class SignalUpsampling(nn.Module):
 
     Attributes:
       shape: (kernel size, input channels, output channels); size - stride is even and cut off in halves.
-      init_scale: standard deviation of the initial kernel. dtype: computation dtype.
+      dtype: computation dtype.
     """
 
     shape: tuple[int, int, int]
     stride: int
-    init_scale: float = 0.01
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, extent: Extent, signal: Signal) -> Signal:
         """Upsamples; what lies outside the utterance is zero before and after."""
         size, num_in, num_out = self.shape
-        kernel = self.param("kernel", partitioned(nn.initializers.normal(self.init_scale), AXES), self.shape)
+        # Each output sees size / stride of the taps.
+        init = nn.initializers.normal((self.stride / (size * num_in)) ** 0.5)
+        kernel = self.param("kernel", partitioned(init, AXES), self.shape)
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), (num_out,))
         num_taps = -(-size // self.stride)
         padded = jnp.pad(kernel.astype(self.dtype), ((0, num_taps * self.stride - size), (0, 0), (0, 0)))

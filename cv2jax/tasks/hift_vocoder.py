@@ -113,13 +113,14 @@ class HiftVocoderTask:
 
         def spectral(made: jax.Array, f0: Any, windows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
             by_row = mel_distance(made, windows["waveform"])
-            mel, f0_error = jnp.mean(by_row), jnp.mean(jnp.abs(f0 - windows["f0"]))
+            f0_by_row = jnp.mean(jnp.abs(f0 - windows["f0"]), axis=1)
+            mel, f0_error = jnp.mean(by_row), jnp.mean(f0_by_row)
             value = c.mel_weight * mel + c.f0_weight * f0_error
             metrics = {"mel_l1": mel, "f0_l1_hz": f0_error}
             if c.stft_weight:
                 metrics["stft_l1"] = jnp.mean(stft_distance(made, windows["waveform"]))
                 value = value + c.stft_weight * metrics["stft_l1"]
-            row_finite = jnp.isfinite(by_row).reshape(-1, c.windows_per_utterance).all(axis=1)
+            row_finite = jnp.isfinite(by_row + f0_by_row).reshape(-1, c.windows_per_utterance).all(axis=1)
             return value, metrics | {"row_finite": row_finite}
 
         return make_gan_step(

@@ -20,6 +20,7 @@ from tests.run_record import record
 from tests.small_corpus import SMALL_RUN, make_small_corpus
 from tests.small_flow_run import SMALL_FLOW, make_small_flow_corpus, tokens_of
 from tests.small_token_corpus import SMALL_LM, make_small_token_corpus
+from tests.small_vocoder_run import SMALL_VOCODER, make_small_vocoder_corpus
 
 pytestmark = pytest.mark.full
 COMMON = ["data.num_workers=1", "num_steps=300", "log_every=7", "evaluate_every=50", "save_every=10"]
@@ -29,6 +30,10 @@ STAGES = {
     "text_speech_lm_tiny": (
         make_small_token_corpus,
         [*SMALL_LM, *COMMON, "model.speech_noise=0.2", "optimizer.ema_decay=0.9"],
+    ),
+    "hift_vocoder_tiny": (
+        make_small_vocoder_corpus,
+        [*SMALL_VOCODER, *COMMON, "optimizer.ema_decay=0.9", "model.adversarial_from=100"],
     ),
     "flow_matching_tiny": (make_small_flow_corpus, [*SMALL_FLOW, *COMMON, "optimizer.ema_decay=0.9"]),
 }

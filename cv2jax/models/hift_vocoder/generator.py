@@ -11,7 +11,7 @@ from cv2jax.nn.signal import Extent, Signal, add
 from cv2jax.nn.signal_conv import SignalConv, SignalUpsampling
 from cv2jax.nn.trig import cos, sin, sin_squared
 
-_INIT_SCALE = 0.01  # of the official kernels
+_INIT_SCALE = 0.01  # of the kernels in residual blocks, and of the last, as upstream's
 _LAST_SLOPE = 0.01  # of the last activation: upstream forgets its 0.1 there (quirk Q20)
 # Of what a fresh generator says: quiet, where 0 would be pulses of full scale.
 _INITIAL_LOG_MAGNITUDE = -3.0

@@ -40,12 +40,18 @@ class Rule:
       axes: how the axes of the foreign tensor become ours: `(h c) d -> d h c`. Parentheses are one foreign axis that is
         several of ours, `1` is a foreign axis of size one that we do not have. Empty: they are the same.
       part: (i, n) where our tensor is only the i-th of n equal parts of the foreign one, cut along its first axis.
+      scale: ours = scale · foreign, for weights that we keep in another unit; a power of two, so that nothing rounds.
     """
 
     foreign: str
     ours: str
     axes: str = ""
     part: tuple[int, int] = (0, 1)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if math.frexp(self.scale)[0] != 0.5:
+            raise ValueError(f"rule {self.ours}: scale {self.scale:g} must be a power of two")
 
 
 @runtime_checkable
@@ -84,13 +90,13 @@ class _Link:
 
 
 class _Layout:
-    """The `axes` and `part` of a rule for a tensor of ours of known shape."""
+    """The `axes`, `part` and `scale` of a rule for a tensor of ours of known shape."""
 
     def __init__(self, rule: Rule, shape: Shape) -> None:
         groups, names = _parse_axes(rule.axes, len(shape))
         if len(names) != len(shape):
             raise ValueError(f"rule {rule.ours} has {len(names)} axes for an array of shape {_show(shape)}")
-        self._shape, self.part = shape, rule.part[0]
+        self._shape, self.part, self.scale = shape, rule.part[0], rule.scale
         self._groups = [tuple(names.index(name) for name in group) for group in groups]
         self._order = tuple(itertools.chain.from_iterable(self._groups))  # our axes in foreign order
         self._part_shape = tuple(math.prod(shape[a] for a in group) for group in self._groups)
@@ -119,7 +125,8 @@ class _Layout:
 
     def to_foreign(self, values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Our whole tensor as (a part of) the foreign one."""
-        return values.transpose(self._order).reshape(self._part_shape)
+        scaled = values if self.scale == 1 else values / np.asarray(self.scale, values.dtype)
+        return scaled.transpose(self._order).reshape(self._part_shape)
 
 
 @functools.cache
@@ -219,6 +226,8 @@ def _load_leaf(leaf: Any, links: list[_Link], reader: Reader) -> jax.Array:
         for place in np.ndindex(values.shape[:num_stacked]):
             link = by_index[tuple(i + start for i, (start, _) in zip(place, bounds, strict=False))]
             values[place] = link.layout.read(reader, link.name, cuts)
+            if link.layout.scale != 1:  # in our dtype, whose range is theirs or wider
+                values[place] *= np.asarray(link.layout.scale, dtype)
         return values
 
     def callback(index: Index | None) -> np.ndarray:

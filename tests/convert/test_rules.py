@@ -254,3 +254,34 @@ def test_shardings_of_an_abstract_state_are_kept():
     abstract, shardings = abstract_state(lambda key: {"table": jnp.zeros((4, 2))}, mesh)
     loaded = load_tree(RULES, Arrays({"table": np.ones((4, 2), np.float32)}), abstract)
     assert loaded["table"].sharding == shardings["table"]
+
+
+def test_a_scaled_rule_is_exact_both_ways_and_scales_shards_and_stacks():
+    rules = (
+        Rule(foreign="w", ours="w", axes="o i -> i o", scale=1 / 128),
+        Rule(foreign="b.{i}.w", ours="b[{i}]/w", scale=4.0),
+        Rule(foreign="h", ours="h", scale=2.0**-20),
+    )
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.standard_normal((4, 6)).astype(np.float32)}
+    arrays |= {f"b.{i}.w": rng.standard_normal(3).astype(np.float32) for i in range(2)}
+    arrays |= {"h": np.array([1 / 3], np.float16)}  # which could not hold a millionth of it
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
+    abstract = {
+        "w": jax.ShapeDtypeStruct((6, 4), jnp.float32, sharding=sharding),
+        "b": {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)},
+        "h": jax.ShapeDtypeStruct((1,), jnp.float32),
+    }
+    loaded = load_tree(rules, Arrays(arrays), abstract)
+    np.testing.assert_array_equal(loaded["w"], arrays["w"].T / 128)
+    np.testing.assert_array_equal(loaded["b"]["w"], [4 * arrays[f"b.{i}.w"] for i in range(2)])
+    np.testing.assert_array_equal(loaded["h"], arrays["h"].astype(np.float32) / 2**20)
+    for name, tensor in foreign_tensors(rules, loaded, "there").items():
+        np.testing.assert_array_equal(tensor.read(), arrays[name])
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, -2.0, 0.1, float("nan"), float("inf")])
+def test_a_scale_that_could_round_is_refused(scale):
+    with pytest.raises(ValueError, match=r"rule net/w: scale .* must be a power of two"):
+        Rule(foreign="w", ours="net/w", scale=scale)

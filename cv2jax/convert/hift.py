@@ -6,8 +6,7 @@ generator of a GAN training's state dict has the same names behind `generator.`.
 
 from cv2jax.convert.rules import Rule
 from cv2jax.convert.weight_norm import NEW, Pair
-from cv2jax.models.hift_vocoder.config import F0_LAYERS, HiftVocoderConfig
-from cv2jax.models.hift_vocoder.f0 import UNIT_HZ
+from cv2jax.models.hift_vocoder.config import F0_LAYERS, F0_UNIT_HZ, MEL_UNIT, HiftVocoderConfig
 
 PREFIX = "generator."  # in a GAN training's file
 _LINEAR, _CONV, _UPSAMPLING = "o i -> i o", "o i k -> k i o", "i o k -> k i o"
@@ -18,15 +17,17 @@ def hift_rules(config: HiftVocoderConfig, prefix: str = "") -> tuple[Rule, ...]:
     """Every tensor of `HiFTGenerator`, folded, and its place in the parameters of `HiftVocoder`."""
     rules = [
         *_affine(f"{prefix}m_source.l_linear", "source/mix", _LINEAR),
-        *_affine(f"{prefix}conv_pre", "generator/conv_in", _CONV),
+        *_affine(f"{prefix}conv_pre", "generator/conv_in", _CONV, MEL_UNIT),
         *_affine(f"{prefix}conv_post", "generator/conv_out", _CONV),
         *_affine(f"{prefix}ups.{{stage}}", "generator/upsample[{stage}]", _UPSAMPLING),
         *_affine(f"{prefix}source_downs.{{stage}}", "generator/source_down[{stage}]", _CONV),
         *_block_rules(f"{prefix}source_resblocks.{{stage}}", "generator/source_block[{stage}]"),
-        *_affine(f"{prefix}f0_predictor.classifier", "f0_predictor/out", _LINEAR, 1 / UNIT_HZ),
+        *_affine(f"{prefix}f0_predictor.classifier", "f0_predictor/out", _LINEAR, 1 / F0_UNIT_HZ, 1 / F0_UNIT_HZ),
     ]
     for i in range(F0_LAYERS):  # between them stand activations, which have numbers too
-        rules += _affine(f"{prefix}f0_predictor.condnet.{2 * i}", f"f0_predictor/conv_{i}", _CONV)
+        rules += _affine(
+            f"{prefix}f0_predictor.condnet.{2 * i}", f"f0_predictor/conv_{i}", _CONV, MEL_UNIT if i == 0 else 1.0
+        )
     for stage in range(len(config.upsample_rates)):
         for j, kernel in enumerate(config.block_kernels):
             number = stage * len(config.block_kernels) + j
@@ -39,9 +40,9 @@ def weight_norm_style(name: str) -> Pair | None:
     return None if name.removeprefix(PREFIX).startswith(_PLAIN) else NEW
 
 
-def _affine(theirs: str, ours: str, axes: str, scale: float = 1.0) -> tuple[Rule, Rule]:
+def _affine(theirs: str, ours: str, axes: str, scale: float = 1.0, bias_scale: float = 1.0) -> tuple[Rule, Rule]:
     kernel = Rule(foreign=f"{theirs}.weight", ours=f"{ours}/kernel", axes=axes, scale=scale)
-    return kernel, Rule(foreign=f"{theirs}.bias", ours=f"{ours}/bias", scale=scale)
+    return kernel, Rule(foreign=f"{theirs}.bias", ours=f"{ours}/bias", scale=bias_scale)
 
 
 def _block_rules(theirs: str, ours: str) -> list[Rule]:

@@ -9,8 +9,7 @@ from cv2jax.convert.discriminators import discriminator_rules
 from cv2jax.convert.hift import PREFIX, hift_rules, weight_norm_style
 from cv2jax.convert.rules import foreign_tensors, load_tree
 from cv2jax.convert.weight_norm import NEW, OLD, FoldedReader, fold, unfold_tensors
-from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
-from cv2jax.models.hift_vocoder.f0 import UNIT_HZ
+from cv2jax.models.hift_vocoder.config import F0_UNIT_HZ, HiftVocoderConfig
 from tests.convert.test_weight_norm import DictReader, values
 from tests.models.golden_hift import (
     GOLDEN_CONFIG,
@@ -87,8 +86,8 @@ def test_every_kernel_stands_where_the_model_reads_it():
 
 def test_the_f0_predictor_counts_in_another_unit_bit_for_bit():
     theirs, out = official(), golden_params()["f0_predictor"]["out"]
-    np.testing.assert_array_equal(UNIT_HZ * out["kernel"], theirs["f0_predictor.classifier.weight"].T)
-    np.testing.assert_array_equal(UNIT_HZ * out["bias"], theirs["f0_predictor.classifier.bias"])
+    np.testing.assert_array_equal(F0_UNIT_HZ * out["kernel"], theirs["f0_predictor.classifier.weight"].T)
+    np.testing.assert_array_equal(F0_UNIT_HZ * out["bias"], theirs["f0_predictor.classifier.bias"])
 
 
 def test_the_old_spelling_loads_the_same():

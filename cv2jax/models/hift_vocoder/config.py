@@ -8,6 +8,11 @@ from cv2jax.models.hift_vocoder.discriminator_config import DiscriminatorConfig
 
 F0_LAYERS = 5  # convolutions of the F0 predictor
 LEAKY_SLOPE = 0.1
+# Units that our parameters count in where the official ones count in 1: log-mel (about -11 to 2) at the first convolutions,
+# and Hz behind the F0 predictor. A step of Adam moves a weight by the learning rate, whatever it is multiplied with: plain
+# log-mel makes that too far, and plain Hz would take thousands of steps. Powers of two, so that weights convert bit for bit.
+MEL_UNIT = 16.0
+F0_UNIT_HZ = 128.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

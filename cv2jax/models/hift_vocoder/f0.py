@@ -3,14 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cv2jax.models.hift_vocoder.config import F0_LAYERS, HiftVocoderConfig
+from cv2jax.models.hift_vocoder.config import F0_LAYERS, F0_UNIT_HZ, MEL_UNIT, HiftVocoderConfig
 from cv2jax.nn.layers import Linear
 from cv2jax.nn.signal import Extent, Signal
 from cv2jax.nn.signal_conv import SignalConv
-
-# Hz that the last layer counts in. The official one counts in 1 Hz, which Adam would need thousands of steps to reach; a
-# power of two, so that weights convert bit for bit.
-UNIT_HZ = 128.0
 
 
 class F0Predictor(nn.Module):
@@ -21,12 +17,12 @@ class F0Predictor(nn.Module):
     @nn.compact
     def __call__(self, extent: Extent, mel: Signal) -> Signal:
         """mel [B F M] → fundamental frequency [B F 1], Hz ≥ 0, fp32."""
-        c, x = self.config, mel
+        c, x = self.config, mel.holding(mel.values / MEL_UNIT)
         for i in range(F0_LAYERS):
             shape = (3, c.num_mels if i == 0 else c.f0_width, c.f0_width)
             left = 1 if i < c.f0_look_ahead else 2
             y = SignalConv(shape, left=left, dtype=c.dtype, name=f"conv_{i}")(extent, x)
             x = y.holding(nn.elu(y.values))
         hidden = x.values.astype(jnp.float32)
-        f0 = UNIT_HZ * jnp.abs(Linear((c.f0_width, 1), ("embed", None), name="out")(hidden))
+        f0 = F0_UNIT_HZ * jnp.abs(Linear((c.f0_width, 1), ("embed", None), name="out")(hidden))
         return extent.mask(x.holding(f0))

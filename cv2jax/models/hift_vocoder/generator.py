@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cv2jax.models.hift_vocoder.config import LEAKY_SLOPE, HiftVocoderConfig
+from cv2jax.models.hift_vocoder.config import LEAKY_SLOPE, MEL_UNIT, HiftVocoderConfig
 from cv2jax.models.hift_vocoder.istft import istft, stft
 from cv2jax.nn.layers import partitioned
 from cv2jax.nn.signal import Extent, Signal, add
@@ -66,7 +66,7 @@ class HiftGenerator(nn.Module):
         num_bins = c.istft_points // 2 + 1
         spectrum = stft(extent, source, c.istft_points)
         conv_in = SignalConv((7, c.num_mels, c.width), dtype=c.dtype, name="conv_in")
-        x = conv_in(extent, mel)
+        x = conv_in(extent, mel.holding(mel.values / MEL_UNIT))
         for i in range(len(c.upsample_rates)):
             x = self._stage(extent, x, spectrum, i)
         x = x.holding(nn.leaky_relu(x.values, _LAST_SLOPE))

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from cv2jax.parallel.sharding import constrain
 
@@ -67,7 +67,7 @@ class Linear(nn.Module):
       use_bias: whether to add a bias of shape `shape[num_input_axes:]`.
       dtype: computation dtype; parameters stay fp32.
       init_scale: standard deviation of the initial kernel relative to 1/√fan-in.
-      identity: start as the identity of the first inputs instead, for a path that is to carry what comes.
+      kernel_init: how the kernel starts instead, for example `identity_init`.
       initial_bias: of every output.
       precision: matmul precision, for the few products that must not be rounded to bf16 on a TPU.
     """
@@ -79,14 +79,14 @@ class Linear(nn.Module):
     dtype: str = "float32"
     precision: str | None = None
     init_scale: float = 1.0
-    identity: bool = False
+    kernel_init: jax.nn.initializers.Initializer | None = None
     initial_bias: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps [..., *shape[:num_input_axes]] to [..., *shape[num_input_axes:]] in `dtype`."""
         n = self.num_input_axes
-        init: Any = _identity if self.identity else fan_in_init(n, len(self.shape), self.init_scale)
+        init = self.kernel_init or fan_in_init(n, len(self.shape), self.init_scale)
         kernel = self.param("kernel", partitioned(init, self.axes), self.shape).astype(self.dtype)
         y = contract(x.astype(self.dtype), kernel, n, self.precision)
         if self.use_bias:
@@ -97,8 +97,9 @@ class Linear(nn.Module):
         return y
 
 
-def _identity(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    del key
+def identity_init(key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Any:
+    """The first outputs are the first inputs, for a path that is to carry what comes."""
+    del key, out_sharding
     return jnp.eye(*shape, dtype=dtype)
 
 

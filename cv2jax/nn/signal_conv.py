@@ -87,9 +87,7 @@ class SignalUpsampling(nn.Module):
     def __call__(self, extent: Extent, signal: Signal) -> Signal:
         """Upsamples; what lies outside the utterance is zero before and after."""
         size, num_in, num_out = self.shape
-        # Each output sees size / stride of the taps.
-        init = nn.initializers.normal((self.stride / (size * num_in)) ** 0.5)
-        kernel = self.param("kernel", partitioned(init, AXES), self.shape)
+        kernel = self.param("kernel", partitioned(interpolating_init(self.stride), AXES), self.shape)
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), (num_out,))
         num_taps = -(-size // self.stride)
         padded = jnp.pad(kernel.astype(self.dtype), ((0, num_taps * self.stride - size), (0, 0), (0, 0)))
@@ -105,3 +103,20 @@ class SignalUpsampling(nn.Module):
         delayed = empty.holding(signal.values)
         y = extent.upsampled(blocks, delayed, self.stride, (size - self.stride) // 2)
         return extent.mask(y.holding(y.values + bias.astype(self.dtype)))
+
+
+def interpolating_init(stride: int) -> nn.initializers.Initializer:
+    """One random matrix of variance 1 / fan-in for an upsampling kernel [k, in, out], spread over its taps as interpolation.
+
+    Independent taps would stamp a pattern on each input element, and what is to be periodic in the output would be learnt
+    as that: a buzz at the rate of the input.
+    """
+
+    def init(key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Any:
+        size, num_in, num_out = shape
+        taps = jnp.minimum(jnp.arange(size) + 1, size - jnp.arange(size)).astype(dtype)
+        total = jnp.zeros(stride, dtype).at[jnp.arange(size) % stride].add(taps)
+        matrix = jax.random.normal(key, (num_in, num_out), dtype, out_sharding=out_sharding) * num_in**-0.5
+        return (taps / total[jnp.arange(size) % stride])[:, None, None] * matrix
+
+    return init

@@ -18,7 +18,7 @@ from cv2jax.models.flow_matching.config import EstimatorConfig, FlowMatchingConf
 from cv2jax.nn.attention import attend
 from cv2jax.nn.cache import KeysValues, KeyValueCache, attend_cached, heads_first
 from cv2jax.nn.conv import CausalConv1d, next_tail
-from cv2jax.nn.layers import FeedForward, LayerNorm, Linear
+from cv2jax.nn.layers import FeedForward, LayerNorm, Linear, identity_init
 from cv2jax.nn.masks import MaskSpec
 from cv2jax.nn.stack import apply_stack
 from cv2jax.parallel.sharding import constrain
@@ -158,7 +158,9 @@ class Stage(nn.Module):
         first = ConvBlock(c.width, dtype, name="block1")(x, tails[0])
         first = first + time(jax.nn.mish(context.time))[:, None]
         second = ConvBlock(c.width, dtype, name="block2")(first, tails[1])
-        residual = Linear((x.shape[2], c.width), (None, "embed"), dtype=dtype, identity=True, name="residual")
+        residual = Linear(
+            (x.shape[2], c.width), (None, "embed"), dtype=dtype, kernel_init=identity_init, name="residual"
+        )
         y = second + residual(x)
         layers = None if layer is None else layer + jnp.arange(c.num_blocks)
         fields = {"config": c, "impl": self.impl, "dtype": dtype}

@@ -12,7 +12,7 @@ LEAKY_SLOPE = 0.1
 # and Hz behind the F0 predictor. A step of Adam moves a weight by the learning rate, whatever it is multiplied with: plain
 # log-mel makes that too far, and plain Hz would take thousands of steps. Powers of two, so that weights convert bit for bit.
 MEL_UNIT = 16.0
-F0_UNIT_HZ = 128.0
+F0_UNIT_HZ = 16.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from cv2jax.nn.layers import Linear
 from cv2jax.nn.signal import Extent, Signal
 from cv2jax.nn.signal_conv import SignalConv
 
+_INITIAL_HZ = 100.0  # of a fresh predictor
+
 
 class F0Predictor(nn.Module):
     """Five convolutions over the mel, of which the first `f0_look_ahead` see a frame ahead, and a projection to Hz."""
@@ -24,5 +26,7 @@ class F0Predictor(nn.Module):
             y = SignalConv(shape, left=left, dtype=c.dtype, name=f"conv_{i}")(extent, x)
             x = y.holding(nn.elu(y.values))
         hidden = x.values.astype(jnp.float32)
-        f0 = F0_UNIT_HZ * jnp.abs(Linear((c.f0_width, 1), ("embed", None), name="out")(hidden))
+        f0 = F0_UNIT_HZ * jnp.abs(
+            Linear((c.f0_width, 1), ("embed", None), initial_bias=_INITIAL_HZ / F0_UNIT_HZ, name="out")(hidden)
+        )
         return extent.mask(x.holding(f0))

@@ -74,7 +74,8 @@ class HarmonicSource(nn.Module):
             source = Signal(rows, c.mel_hop, c.mel_hop * segments.delay + c.mel_hop // 2)
         else:
             source = Signal(rows[:, c.mel_hop // 2 : -(c.mel_hop // 2)], c.mel_hop)
-        mix = Linear((c.num_harmonics + 1, 1), (None, None), name="mix")
+        # All harmonics at first, in phase: a pulse a period, which no filter of a mel makes by itself.
+        mix = Linear((c.num_harmonics + 1, 1), (None, None), kernel_init=nn.initializers.ones, name="mix")
         return source.holding(jnp.tanh(mix(source.values)))
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from cv2jax.audio.mel import MelDefinition
 from cv2jax.config import UserError
+from cv2jax.models.hift_vocoder import model as model_module
 from cv2jax.models.hift_vocoder import stream as stream_module
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
-from cv2jax.models.hift_vocoder.model import HiftVocoder, hold_back
+from cv2jax.models.hift_vocoder.model import HiftVocoder
 from cv2jax.models.hift_vocoder.stream import HiftStreams, init_state, require_mel, step, synthesise
 from cv2jax.nn.signal import ENDLESS
 from tests.models.golden_hift import make_mel, random_params, small_config, with_
@@ -44,6 +45,9 @@ MAX_FRAMES, BLOCK, ROWS = 30, 6, 3
 KEYS = jax.random.split(jax.random.key(3), ROWS)
 
 
+hold_back = functools.cache(model_module.hold_back)
+
+
 @functools.cache
 def params_of(config: HiftVocoderConfig):
     """All voiced: an unvoiced frame hides its F0 behind noise."""
@@ -54,8 +58,12 @@ def params_of(config: HiftVocoderConfig):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def run_whole(config, params, mel, lengths):
+    return HiftVocoder(config).apply({"params": params}, mel, KEYS, lengths).waveform
+
+
 def whole(config, mel, lengths):
-    return HiftVocoder(config).apply({"params": params_of(config)}, mel, KEYS, lengths).waveform
+    return np.asarray(run_whole(config, params_of(config), mel, lengths))
 
 
 def fed(config: HiftVocoderConfig, mel: np.ndarray, lengths: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -94,7 +102,7 @@ def batch(config: HiftVocoderConfig, seed: int) -> tuple[np.ndarray, np.ndarray]
 def test_any_pieces_are_the_whole(name, seed):
     config = CONFIGS[name]
     mel, lengths = batch(config, seed)
-    want = np.asarray(whole(config, mel, lengths))
+    want = whole(config, mel, lengths)
     assert np.std(want[:, : config.mel_hop]) > 1e-3
     for row, got in enumerate(fed(config, mel, lengths, seed)):
         assert got.shape == (lengths[row] * config.mel_hop,)
@@ -106,7 +114,7 @@ def test_what_is_held_back_is_what_the_model_looks_ahead(name):
     """A NaN frame is first heard exactly there; all before is known without it."""
     config, at = CONFIGS[name], 20
     mel, lengths = make_mel(config, ROWS, MAX_FRAMES), np.full(ROWS, MAX_FRAMES, np.int32)
-    clean = np.asarray(whole(config, mel, lengths))
+    clean = whole(config, mel, lengths)
     mel[:, at] = np.nan
     heard = np.isnan(whole(config, mel, lengths)).any(axis=0)
     assert np.isfinite(clean).all()
@@ -134,7 +142,8 @@ def test_a_state_has_the_same_size_however_long_it_gets():
 def test_the_first_step_needs_no_state():
     mel, counts = make_mel(CONFIG, ROWS, BLOCK), jnp.full(ROWS, BLOCK, jnp.int32)
     arguments = (jnp.asarray(mel), KEYS, None, counts, jnp.full(ROWS, ENDLESS, jnp.int32))
-    first = jax.jit(lambda *args: HiftVocoder(CONFIG).apply({"params": params_of(CONFIG)}, *args, method="step"))
+    params = params_of(CONFIG)
+    first = jax.jit(lambda *args: HiftVocoder(CONFIG).apply({"params": params}, *args, method="step"))
     want, state = step(CONFIG, params_of(CONFIG), init_state(CONFIG, ROWS), mel, KEYS, counts, arguments[-1])
     got, other = first(*arguments)
     np.testing.assert_allclose(got.waveform, want.waveform, rtol=0, atol=1e-5)

@@ -52,6 +52,10 @@ def test_the_official_sizes_fit():
             {"upsample_rates": (5, 5, 3), "upsample_kernels": (5, 5, 3), "mel_hop": 300},
             "mel_hop=300: must divide rate_hz=24000 and be a multiple of 8",
         ),
+        (
+            {"upsample_rates": (2,), "upsample_kernels": (4,), "source_kernels": (3,), "mel_hop": 8},
+            "mel_hop=8: half a window of istft_points=16 must fit into a frame",
+        ),
         ({"f0_look_ahead": 6}, r"f0_look_ahead=6: must lie in 0 … 5"),
         ({"f0_look_ahead": -1}, r"f0_look_ahead=-1: must lie in 0 … 5"),
     ],
@@ -85,5 +89,5 @@ def test_a_training_that_cannot_be(changes, said):
 
 
 def test_weights_of_nothing_are_fine():
-    none = {name: 0.0 for name in ("mel_weight", "feature_weight", "tpr_weight", "f0_weight", "stft_weight")}
+    none = dict.fromkeys(("mel_weight", "feature_weight", "tpr_weight", "f0_weight", "stft_weight"), 0.0)
     HiftTrainingConfig(**none, target_f0_share=1.0).validate()

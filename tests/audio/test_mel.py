@@ -8,7 +8,7 @@ import librosa
 import numpy as np
 import pytest
 
-from cv2jax.audio.mel import log_mel_whisper, mel_spectrogram
+from cv2jax.audio.mel import MEL_MARGIN, log_mel_whisper, mel_spectrogram, mel_with_margins
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "features.npz"
 BOTH = pytest.mark.parametrize(("function", "hop"), [(log_mel_whisper, 160), (mel_spectrogram, 480)])
@@ -118,3 +118,24 @@ def test_rows_too_short_for_a_frame(function, hop, width):
     assert mel.shape[2] == width // hop
     assert num_frames.tolist() == [width // hop] * 2
     assert np.isfinite(mel).all()
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("fmax", [8000.0, None])
+def test_a_cut_with_margins_has_the_frames_of_the_whole(convert, fmax):
+    assert MEL_MARGIN == 720
+    audio = noise(2, 480 * 12, seed=3)
+    want, _ = mel_spectrogram(audio, fmax=fmax)
+    for start, frames in ((2, 7), (5, 1)):  # two frames are what the margin reaches into
+        cut = audio[:, 480 * start - 720 : 480 * (start + frames) + 720]
+        got = mel_with_margins(convert(cut), fmax=fmax)
+        assert isinstance(got, np.ndarray) == (convert is np.asarray)
+        assert got.shape == (2, 80, frames)
+        np.testing.assert_allclose(got, want[:, :, start : start + frames], atol=1e-4, rtol=0)
+
+
+def test_reflected_margins_are_the_whole_utterance():
+    audio = noise(1, 480 * 4, seed=4)
+    padded = np.pad(audio, ((0, 0), (720, 720)), mode="reflect")
+    np.testing.assert_array_equal(mel_with_margins(padded), mel_spectrogram(audio)[0])
+    assert mel_with_margins(np.zeros((1, 1440), np.float32)).shape == (1, 80, 0)

@@ -1,0 +1,363 @@
+"""Streams of the vocoder are the whole utterance, for any pieces and any sizes of the model, and as late as it looks ahead."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cv2jax.audio.mel import MelDefinition
+from cv2jax.config import UserError
+from cv2jax.models.hift_vocoder import model as model_module
+from cv2jax.models.hift_vocoder import stream as stream_module
+from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
+from cv2jax.models.hift_vocoder.model import HiftVocoder
+from cv2jax.models.hift_vocoder.stream import HiftStreams, init_state, require_mel, step, synthesise
+from cv2jax.nn.signal import ENDLESS
+from tests.models.golden_hift import make_mel, random_params, small_config, with_
+
+CONFIG = small_config()
+CONFIGS = {
+    "plain": CONFIG,
+    "causal pitch": small_config(f0_look_ahead=0),
+    "some pitch ahead": small_config(
+        f0_look_ahead=2, block_kernels=(7,), source_kernels=(7, 1), dilations=(1, 3), upsample_kernels=(4, 7)
+    ),
+    "three stages, as official": small_config(
+        upsample_rates=(4, 5, 3),
+        upsample_kernels=(8, 11, 7),
+        source_kernels=(3, 3, 5),
+        istft_points=4,
+        istft_hop=1,
+        dilations=(1,),
+    ),
+    "one stage": small_config(
+        upsample_rates=(6,), upsample_kernels=(8,), source_kernels=(5,), istft_points=16, istft_hop=4, dilations=(3,)
+    ),
+    "a hop of one window": small_config(
+        upsample_rates=(4,), upsample_kernels=(4,), source_kernels=(3,), block_kernels=(3,), dilations=(1,)
+    ),
+}
+ALL = pytest.mark.parametrize("name", CONFIGS)
+MAX_FRAMES, BLOCK, ROWS = 30, 6, 3
+KEYS = jax.random.split(jax.random.key(3), ROWS)
+
+
+hold_back = functools.cache(model_module.hold_back)
+
+
+@functools.cache
+def params_of(config: HiftVocoderConfig):
+    """All voiced: an unvoiced frame hides its F0 behind noise."""
+    params = random_params(config)
+    params["f0_predictor"]["out"]["bias"] = jnp.full(1, 3.0)
+    params["f0_predictor"]["out"]["kernel"] *= 0.3
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_whole(config, params, mel, lengths):
+    return HiftVocoder(config).apply({"params": params}, mel, KEYS, lengths).waveform
+
+
+def whole(config, mel, lengths):
+    return np.asarray(run_whole(config, params_of(config), mel, lengths))
+
+
+def fed(config: HiftVocoderConfig, mel: np.ndarray, lengths: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Each row in random pieces, rows standing anywhere, NaN wherever there is nothing to hear."""
+    rng, hop, late = np.random.default_rng(seed), config.mel_hop, hold_back(config)
+    ends = lengths + -(-late // hop)
+    said_early = rng.random(ROWS) < 0.5
+    largest = rng.integers(1, BLOCK + 1, ROWS)  # each row has its own size of hops
+    state, seen = init_state(config, ROWS), np.zeros(ROWS, np.int32)
+    parts = [[] for _ in lengths]
+    while (seen < ends).any():
+        valid = np.minimum(rng.integers(0, largest + 1), ends - seen).astype(np.int32)
+        block = np.full((ROWS, BLOCK, config.num_mels), np.nan, np.float32)
+        for row, (start, count) in enumerate(zip(seen, valid, strict=True)):
+            real = mel[row, start : min(start + count, lengths[row])]
+            block[row, : len(real)] = real
+        total = np.where(said_early | (seen + valid > lengths), lengths, ENDLESS).astype(np.int32)
+        made, state = step(config, params_of(config), state, block, KEYS, valid, total)
+        for row, count in enumerate(valid):
+            parts[row].append(np.asarray(made.waveform[row, : count * hop]))
+        seen = seen + valid
+    np.testing.assert_array_equal(state.num_frames, ends)
+    return [np.concatenate(part)[late:][: n * hop] for part, n in zip(parts, lengths, strict=True)]
+
+
+def batch(config: HiftVocoderConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """One row of one or two frames, one shorter than what is held back, one of any length."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([rng.integers(1, 3), rng.integers(3, 12), rng.integers(12, MAX_FRAMES + 1)], np.int32)
+    return make_mel(config, ROWS, MAX_FRAMES, seed=seed), rng.permutation(lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"), [(name, seed) for name in CONFIGS for seed in range(20 if name == "plain" else 3)]
+)
+def test_any_pieces_are_the_whole(name, seed):
+    config = CONFIGS[name]
+    mel, lengths = batch(config, seed)
+    want = whole(config, mel, lengths)
+    assert np.std(want[:, : config.mel_hop]) > 1e-3
+    for row, got in enumerate(fed(config, mel, lengths, seed)):
+        assert got.shape == (lengths[row] * config.mel_hop,)
+        np.testing.assert_allclose(got, want[row, : len(got)], rtol=0, atol=1e-4)
+
+
+@ALL
+def test_what_is_held_back_is_what_the_model_looks_ahead(name):
+    """A NaN frame is first heard exactly there; all before is known without it.
+
+    At some sizes the element that `reflect_start` copies would lie in another chunk: those wait for it.
+    """
+    config, at = CONFIGS[name], 20
+    mel, lengths = make_mel(config, ROWS, MAX_FRAMES), np.full(ROWS, MAX_FRAMES, np.int32)
+    clean = whole(config, mel, lengths)
+    mel[:, at] = np.nan
+    heard = np.isnan(whole(config, mel, lengths)).any(axis=0)
+    assert np.isfinite(clean).all()
+    waiting = 2 * config.istft_hop if name == "some pitch ahead" else 0
+    assert config.mel_hop * at - int(heard.argmax()) == hold_back(config) - waiting
+
+
+def test_the_official_model_holds_back_395_ms():
+    assert hold_back(HiftVocoderConfig()) == 9480
+    assert hold_back(HiftVocoderConfig(f0_look_ahead=0)) == 7080
+
+
+def test_a_state_has_the_same_size_however_long_it_gets():
+    state = init_state(CONFIG, ROWS)
+    sizes = lambda state: [(a.shape, a.dtype) for a in jax.tree.leaves(state)]  # noqa: E731
+    want = sizes(state)
+    assert all(leaf.shape[0] == ROWS for leaf in jax.tree.leaves(state))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 5_000 * ROWS
+    full, endless = np.full(ROWS, BLOCK, np.int32), np.full(ROWS, ENDLESS, np.int32)
+    for seed in range(3):
+        block = make_mel(CONFIG, ROWS, BLOCK, seed=seed)
+        _, state = step(CONFIG, params_of(CONFIG), state, block, KEYS, full, endless)
+        assert sizes(state) == want
+
+
+def test_the_first_step_needs_no_state():
+    mel, counts = make_mel(CONFIG, ROWS, BLOCK), jnp.full(ROWS, BLOCK, jnp.int32)
+    endless, params = jnp.full(ROWS, ENDLESS, jnp.int32), params_of(CONFIG)
+    first = jax.jit(
+        lambda mel: HiftVocoder(CONFIG).apply({"params": params}, mel, KEYS, None, counts, endless, method="step")
+    )
+    want, state = step(CONFIG, params, init_state(CONFIG, ROWS), mel, KEYS, counts, endless)
+    got, other = first(mel)
+    np.testing.assert_allclose(got.waveform, want.waveform, rtol=0, atol=1e-5)
+    for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+# ---- Requests
+
+
+def definition(config: HiftVocoderConfig = CONFIG, **changes) -> MelDefinition:
+    names = [field.name for field in dataclasses.fields(MelDefinition)]
+    return MelDefinition(**{name: getattr(config, name) for name in names} | changes)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    monkeypatch.setattr(stream_module, "SHORTEST", 4)
+    monkeypatch.setattr(stream_module, "LONGEST", 8)
+
+
+@functools.cache
+def streams() -> HiftStreams:
+    return HiftStreams(CONFIG, params_of(CONFIG), definition())
+
+
+KEY, HOP = jax.random.key(11), CONFIG.mel_hop
+
+
+def speak(mel: np.ndarray) -> np.ndarray:
+    return synthesise(CONFIG, params_of(CONFIG), mel, KEY, definition())
+
+
+def hear(mel: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    stream, parts = streams().start(KEY), []
+    for size in sizes:
+        parts.append(stream.hop(mel[:size]))
+        mel = mel[size:]
+    return [*parts, stream.hop(mel, last=True)]
+
+
+@pytest.mark.parametrize("sizes", [[], [21], [1] * 21, [0, 3, 0, 9, 0], [17, 4], [2, 0, 19, 0]], ids=str)
+def test_a_request_is_the_whole_utterance(sizes):
+    mel = make_mel(CONFIG, 21, seed=1)
+    want, parts = speak(mel), hear(mel, sizes)
+    assert want.shape == (21 * HOP,)
+    assert want.dtype == parts[0].dtype == np.float32
+    np.testing.assert_allclose(np.concatenate(parts), want, rtol=0, atol=1e-4)
+    so_far = np.cumsum([0, *sizes])[1:]
+    late = hold_back(CONFIG)
+    assert [sum(map(len, parts[: i + 1])) for i in range(len(sizes))] == [max(n * HOP - late, 0) for n in so_far]
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 2, 3, 8, 9])
+def test_short_requests(num_frames):
+    mel = make_mel(CONFIG, num_frames, seed=2)
+    want = speak(mel)
+    assert want.shape == (num_frames * HOP,)
+    for sizes in ([], [num_frames]):
+        np.testing.assert_allclose(np.concatenate(hear(mel, sizes)), want, rtol=0, atol=1e-4)
+
+
+def test_a_longer_block_says_the_same():
+    """Whole utterances are padded, to 64 frames and more."""
+    mel = make_mel(CONFIG, 70, seed=3)
+    np.testing.assert_allclose(np.concatenate(hear(mel, [33])), speak(mel), rtol=0, atol=1e-4)
+
+
+def test_requests_do_not_disturb_one_another():
+    mels = [make_mel(CONFIG, 12, seed=seed) for seed in (4, 5)]
+    both, parts = [streams().start(KEY) for _ in mels], [[], []]
+    for start in (0, 5):
+        for i, stream in enumerate(both):
+            parts[i].append(stream.hop(mels[i][start : start + 5]))
+    for i, stream in enumerate(both):
+        parts[i].append(stream.hop(mels[i][10:], last=True))
+        np.testing.assert_allclose(np.concatenate(parts[i]), speak(mels[i]), rtol=0, atol=1e-4)
+    again = hear(mels[0], [5, 5])
+    for one, two in zip(again, parts[0], strict=True):
+        np.testing.assert_array_equal(one, two)
+    other = synthesise(CONFIG, params_of(CONFIG), mels[0], jax.random.key(12), definition())
+    assert np.abs(other - speak(mels[0])).max() > 1e-4
+
+
+@pytest.mark.parametrize("held", [0, 1, HOP, 5 * HOP + 3])
+def test_early_samples_are_guessed_and_what_follows_is_exact(held):
+    mel = make_mel(CONFIG, 40, seed=6)
+    mel[15:] = mel[15]  # from here on a repetition is the truth
+    stream, want = streams().start(KEY), speak(mel)
+    assert held < streams().hold_back
+    first = stream.hop(mel[:7], hold_back=held)
+    assert len(first) == 7 * HOP - held
+    known = 7 * HOP - streams().hold_back
+    np.testing.assert_allclose(first[: max(known, 0)], want[: max(known, 0)], rtol=0, atol=1e-4)
+    assert np.isfinite(first).all()
+    assert np.abs(first - want[: len(first)]).max() > 1e-3  # a guess
+    second = stream.hop(mel[7:9])  # held back again: these samples were said already
+    assert len(second) == 0 or len(first) < 9 * HOP - streams().hold_back
+    third = stream.hop(mel[9:25])
+    place = max(len(first), 9 * HOP - streams().hold_back)
+    np.testing.assert_allclose(third, want[place : place + len(third)], rtol=0, atol=1e-4)
+    fourth = stream.hop(mel[25:27], hold_back=held)
+    place += len(third)
+    assert place + len(fourth) == 27 * HOP - held
+    np.testing.assert_allclose(fourth, want[place : place + len(fourth)], rtol=0, atol=1e-4)  # guessed right
+    rest = stream.hop(mel[27:], last=True)
+    np.testing.assert_allclose(rest, want[27 * HOP - held :], rtol=0, atol=1e-4)
+
+
+def test_holding_back_all_is_the_plain_stream():
+    mel = make_mel(CONFIG, 16, seed=7)
+    stream = streams().start(KEY)
+    parts = [stream.hop(mel[i : i + 8], hold_back=streams().hold_back) for i in (0, 8)]
+    plain = hear(mel, [8, 8])
+    for one, two in zip(parts, plain[:2], strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def bad_hops():
+    nan, infinite, fine = make_mel(CONFIG, 4), make_mel(CONFIG, 4), make_mel(CONFIG, 4)
+    nan[2, 1], infinite[0, 0] = np.nan, np.inf
+    return {
+        "nan": (nan, {}, "mel: 1 of 4 frames hold NaN or infinite values, frame 2 first"),
+        "infinite": (infinite, {"last": True}, "mel: 1 of 4 frames .* frame 0 first"),
+        "bins": (np.zeros((4, 6), np.float32), {}, r"mel of shape \(4, 6\): this vocoder reads \[frames, 5\]"),
+        "negative hold back": (fine, {"hold_back": -1}, "hold_back=-1: give samples, 0"),
+        "long hold back": (fine, {"hold_back": hold_back(CONFIG) + 1}, rf"give samples, 0 … {hold_back(CONFIG)} "),
+    }
+
+
+@pytest.mark.parametrize("name", bad_hops())
+def test_a_refused_hop_leaves_the_stream_as_it_was(name):
+    mel = make_mel(CONFIG, 12, seed=8)
+    stream = streams().start(KEY)
+    parts = [stream.hop(mel[:5])]
+    bad, options, said = bad_hops()[name]
+    with pytest.raises(UserError, match=said):
+        stream.hop(bad, **options)
+    parts += [stream.hop(mel[5:9]), stream.hop(mel[9:], last=True)]
+    for one, two in zip(parts, hear(mel, [5, 4]), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_stream_ends_once():
+    stream = streams().start(KEY)
+    stream.hop(make_mel(CONFIG, 2), last=True)
+    for options in ({}, {"last": True}):
+        with pytest.raises(UserError, match="has ended; start another"):
+            stream.hop(make_mel(CONFIG, 2), **options)
+
+
+def test_damaged_parameters_are_told_and_not_heard():
+    damaged = jax.tree.map(lambda a: a * jnp.nan, params_of(CONFIG))
+    with pytest.raises(UserError, match="waveform is not finite"):
+        synthesise(CONFIG, damaged, make_mel(CONFIG, 3), KEY, definition())
+    stream = HiftStreams(CONFIG, damaged, definition()).start(KEY)
+    with pytest.raises(UserError, match="waveform is not finite"):
+        stream.hop(make_mel(CONFIG, 12))
+    assert stream._num_frames == 0
+
+
+@pytest.mark.parametrize("value", [-11.5, 0.0, 40.0, -1e4])
+@pytest.mark.parametrize("f0", ["predicted", "zero"])
+def test_constant_mels_are_finite_and_within_the_limit(value, f0):
+    params = jax.tree.map(lambda a: a, params_of(CONFIG))
+    if f0 == "zero":
+        params["f0_predictor"]["out"] = jax.tree.map(jnp.zeros_like, params["f0_predictor"]["out"])
+    mel = np.full((10, CONFIG.num_mels), value, np.float32)
+    want = synthesise(CONFIG, params, mel, KEY, definition())
+    stream = HiftStreams(CONFIG, params, definition()).start(KEY)
+    got = np.concatenate([stream.hop(mel[:6]), stream.hop(mel[6:], last=True)])
+    for wave in (want, got):
+        assert np.isfinite(wave).all()
+        assert np.abs(wave).max() <= np.float32(0.99)
+    if abs(value) < 100:  # of thousands fp32 leaves less
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rate_hz": 16000}, r"rate_hz 16000 \(the vocoder's: 1200\)"),
+        ({"num_mels": 128}, r"num_mels 128 \(the vocoder's: 5\)"),
+        ({"mel_fmax_hz": 12000.0, "mel_fft": 1024}, r"mel_fft 1024 .*: 96\), mel_fmax_hz 12000 .*: 400\)"),
+        ({"mel_hop": 10}, r"mel_hop 10 \(the vocoder's: 24\)"),
+    ],
+)
+def test_mel_of_another_definition_is_refused(changes, said):
+    other = definition(**changes)
+    for call in (
+        lambda: require_mel(CONFIG, other),
+        lambda: HiftStreams(CONFIG, {}, other),
+        lambda: synthesise(CONFIG, {}, make_mel(CONFIG, 3), KEY, other),
+    ):
+        with pytest.raises(UserError, match=f"mel of another definition: {said}"):
+            call()
+
+
+def test_the_official_model_reads_the_flows_mel():
+    require_mel(HiftVocoderConfig(), MelDefinition())
+    with pytest.raises(UserError, match="mel of another definition"):
+        require_mel(with_(HiftVocoderConfig(), mel_fmax_hz=12000.0), MelDefinition())
+
+
+def test_warming_up_compiles_every_size(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(stream_module, "step", lambda *args: sizes.append(args[3].shape[1]) or step(*args))
+    streams().warm_up()
+    assert sizes == [4, 8]
+    hear(make_mel(CONFIG, 19), [19])
+    assert set(sizes) == {4, 8}
+    assert sizes[2:5] == [8, 8, 4]

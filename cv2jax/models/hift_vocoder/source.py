@@ -8,7 +8,7 @@ a function of (key of the request, sample), never of the chunk.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
 from cv2jax.nn.layers import Linear
@@ -80,7 +80,7 @@ class HarmonicSource(nn.Module):
 
 def sine_segments(
     config: HiftVocoderConfig, extent: Extent, f0: Signal
-) -> tuple[Float[Array, "B n W H"], Float[Array, "B n W"], Signal]:
+) -> tuple[Float[Array, "B n W H"], Bool[Array, "B n W"], Signal]:
     """(sines, whether voiced, their Signal of segments): segment i lies between the centres of the frames i - 1 and i.
 
     A frame's phase is 2π · h · (the sum of f0 up to it) / frame rate. The first and the last half frame keep the phase of

@@ -230,7 +230,7 @@ def _sizes(work: Workload) -> list[Figure]:
     for look_ahead in (F0_LAYERS, 0):
         late = hold_back(dataclasses.replace(work.config, f0_look_ahead=look_ahead))
         case = f"{work.name}, hold-back with {look_ahead} of {F0_LAYERS} layers of F0 looking ahead"
-        figures += [(case, "samples", [late]), (case, "ms", [1e3 * late / work.config.rate_hz])]
+        figures += [(case, "samples", [float(late)]), (case, "ms", [1e3 * late / work.config.rate_hz])]
     return figures
 
 

@@ -25,17 +25,22 @@ _WHOLE_MULTIPLE = 64  # frames: whole utterances are padded to, so that few shap
 
 def init_state(config: HiftVocoderConfig, num_rows: int) -> HiftState:
     """The state of streams of which nothing was heard."""
+    num_frames, tails = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), _state_shapes(config, num_rows))
+    return HiftState(num_frames=num_frames, tails=tails)
+
+
+@functools.lru_cache(maxsize=64)  # tracing the network takes longer than a hop
+def _state_shapes(config: HiftVocoderConfig, num_rows: int) -> tuple[Any, list[Any]]:
     vocoder = HiftVocoder(config)
     mel = jax.ShapeDtypeStruct((num_rows, 1, config.num_mels), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
     count = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
 
-    def first(key: Array, mel: Array, keys: Array, count: Array) -> HiftState:
+    def first(key: Array, mel: Array, keys: Array, count: Array) -> tuple[Any, list[Any]]:
         (_, state), _ = vocoder.init_with_output(key, mel, keys, None, count, count, method="step")
-        return state
+        return state.num_frames, state.tails
 
-    shapes = jax.eval_shape(first, jax.eval_shape(lambda: jax.random.key(0)), mel, keys, count)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.eval_shape(first, jax.eval_shape(lambda: jax.random.key(0)), mel, keys, count)
 
 
 @functools.partial(jax.jit, static_argnums=0)

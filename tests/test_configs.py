@@ -26,6 +26,8 @@ MILLIONS = {
     "speaker_encoder_official": (6.8, 6.9),
     "flow_matching_tiny": (3, 4),
     "flow_matching_official": (112, 113),
+    "hift_vocoder_tiny": (0.5, 2),  # of the generator
+    "hift_vocoder_official": (20.8, 20.9),
     "text_speech_lm_tiny": (2, 3),
     "text_speech_lm_official": (500, 520),
     "text_speech_lm_scratch_official": (365, 380),  # without a text table, whose size is the corpus's
@@ -44,7 +46,8 @@ def _shapes(name: str) -> dict[str, Any]:
     """Parameter shapes of the config's model, traced and not made."""
     config = load_config(name)
     model = importlib.import_module(f"cv2jax.models.{config.task}.model")
-    return jax.eval_shape(lambda key: model.init_params(config.model, key), jax.random.key(0))
+    sizes = getattr(config.model, "generator", config.model)  # a vocoder's config holds that of its training too
+    return jax.eval_shape(lambda key: model.init_params(sizes, key), jax.random.key(0))
 
 
 def _count(tree: Any) -> int:

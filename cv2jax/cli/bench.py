@@ -1,4 +1,4 @@
-"""Measure speed and memory: prepare, encode, train, loader, the language model, the flow, or all of them.
+"""Measure speed and memory: prepare, encode, train, loader, the language model, the flow, the vocoder, or all.
 
 Each part runs in its own process, on speech made up on the spot unless --manifest or --corpus name real speech. Medians
 over --repeats are printed as a Markdown table, and written as JSON to --out. Compilation and first batches are left out.
@@ -13,19 +13,22 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
   flow-train    frames/s and memory: loss and gradients of the flow, no optimizer, tiny size (or --size official)
   flow-offline  ms a call of the velocity network, x realtime of a whole solve
   flow-stream   ms a hop after 5 s and after 60 s; an utterance in hops against solving all of it anew for each hop
+  vocoder   whole utterances; ms a hop after 5 s and after 60 s, the first hop, the flush; an utterance in hops against one
+            piece; kB of a stream; its hold-back, and how near samples are that come before it (of a trained --run)
 
 On a CPU lm-train and lm-decode have official width, 4 layers and fp32. They and flow-offline race PyTorch there on the same
 weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone.
 
   cv2jax bench all --out bench.json
   cv2jax bench loader --utterances 100000000
+  cv2jax bench vocoder --run runs/vocoder --audio recording.wav
 """
 
 from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|all} [flags]"
+USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|vocoder|all} [flags]"
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -44,6 +47,11 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string(
         "against", "torch", "Whom lm-… and flow-offline race on a CPU: torch, or '' for nobody.", flag_values=flags
     )
+    define.DEFINE_integer(
+        "batch", 0, "Rows that vocoder speaks at once; 0: 1, on a GPU or TPU 1 and 16.", flag_values=flags
+    )
+    define.DEFINE_string("run", "", "Workdir of a trained vocoder, instead of random parameters.", flag_values=flags)
+    define.DEFINE_string("audio", "", "Recording that vocoder copies, instead of made-up speech.", flag_values=flags)
     define.DEFINE_string("out", None, "File for the JSON report.", flag_values=flags)
 
 

@@ -1,7 +1,8 @@
 """`cv2jax bench`: how fast each part is here, as a Markdown table and JSON; each part runs in a process of its own.
 
-This file starts the processes and needs no jax; what they do is in `bench_parts.py` and `bench_flow.py`. One process a
-part, so that its peak memory is its own, and a compilation or an allocator of one part does not disturb the next.
+This file starts the processes and needs no jax; what they do is in `bench_parts.py`, `bench_flow.py` and
+`bench_vocoder.py`. One process a part, so that its peak memory is its own, and a compilation or an allocator of one part
+does not disturb the next.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from cv2jax.config import UserError
 from cv2jax.jobs.bench_options import SIZES, BenchOptions, Measurement
 
 FLOW_BENCHES = ("flow-train", "flow-offline", "flow-stream")
-BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES)
+BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES, "vocoder")
+_MODULES = {**dict.fromkeys(FLOW_BENCHES, "bench_flow"), "vocoder": "bench_vocoder"}  # of other parts: bench_parts
 _RACES = ("lm-train", "lm-decode", "flow-offline")  # against PyTorch
 
 
@@ -113,7 +115,7 @@ def _run_part(part: str, options: BenchOptions, place: pathlib.Path) -> dict[str
     command = [
         sys.executable,
         "-m",
-        "cv2jax.jobs.bench_flow" if part in FLOW_BENCHES else "cv2jax.jobs.bench_parts",
+        f"cv2jax.jobs.{_MODULES.get(part, 'bench_parts')}",
         part,
         json.dumps(dataclasses.asdict(options)),
         str(place),

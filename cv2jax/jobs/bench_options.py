@@ -21,6 +21,9 @@ class BenchOptions:
     manifest: str = ""  # prepare this instead of made-up speech
     corpus: str = ""  # train on and load this prepared corpus instead of a made-up one
     against: str = "torch"  # whom lm-train, lm-decode and flow-offline race on a CPU; "": nobody
+    batch: int = 0  # rows that the vocoder speaks at once; 0: 1, elsewhere than on a CPU 1 and 16
+    run: str = ""  # workdir of the vocoder to measure, instead of random parameters
+    audio: str = ""  # recording for it to copy, instead of made-up speech
 
     def validate(self) -> None:
         """Raises UserError for what cannot be measured."""
@@ -28,12 +31,14 @@ class BenchOptions:
             raise UserError(f"size={self.size}: choose {' or '.join(SIZES)}")
         if self.against not in SIDES:
             raise UserError(f"against={self.against}: choose torch, or '' for nobody")
-        for name in ("seconds", "utterances"):
+        for name in ("seconds", "utterances", "batch"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must not be negative")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats}: must be at least 1")
-        for name in ("manifest", "corpus"):
+        if self.run and self.size:
+            raise UserError(f"size={self.size}: the run {self.run} has its own; leave one of them out")
+        for name in ("manifest", "corpus", "run", "audio"):
             if getattr(self, name) and not pathlib.Path(getattr(self, name)).exists():
                 raise UserError(f"{name}={getattr(self, name)}: does not exist")
 

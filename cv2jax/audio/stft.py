@@ -13,6 +13,11 @@ from cv2jax.audio.arrays import array_namespace, as_float, matmul
 ArrayOrNumpy = jax.Array | np.ndarray
 DftKind = Literal["auto", "fft", "matmul"]
 
+# Points, hop and window, in samples, of the multi-resolution STFT distance of Parallel WaveGAN (Yamamoto et al. 2020, 2.2),
+# and the least power that its logarithm sees, as in the paper's code.
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+LEAST_POWER = 1e-7
+
 
 def trim_rows(
     waveform: Float[ArrayOrNumpy, "B W"], num_samples: Int[ArrayOrNumpy, " B"] | None

@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from cv2jax.audio.mel import MEL_RATE_HZ
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, num_token_slots
 from cv2jax.data.f0 import F0File
@@ -49,6 +50,11 @@ class CorpusBatches:
         self.rate_hz = self.corpus.rate_hz
         self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
         self.tokens = self._open_tokens() if speech_tokens else None
+        if f0 and self.rate_hz != MEL_RATE_HZ:
+            raise UserError(
+                f"data.corpus={data.corpus}: has {self.rate_hz} Hz, the vocoder needs {MEL_RATE_HZ} Hz; run `cv2jax prepare`"
+                f" with --rate_hz {MEL_RATE_HZ}"
+            )
         self.f0, judged_f0 = (F0File(self.corpus, s.name) if f0 else None for s in (self.train, self.held_out))
         self._has_text = not self._speaker and not f0
         self.plan = self._make_plan(self.train, data.num_buckets)

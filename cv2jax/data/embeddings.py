@@ -49,6 +49,12 @@ def save_embeddings(
     where it cannot be written.
     """
     path = check_embeddings_path(path)
+    bad = ~np.isfinite(embeddings).all(axis=1)
+    if bad.any():
+        first = ids[int(bad.argmax())]
+        raise UserError(
+            f"{path}: {bad.sum()} of {len(ids)} embeddings are not finite, that of {first!r} first; look at the encoder's run"
+        )
     names, numbers = np.unique(np.asarray(speakers, np.str_), return_inverse=True)
     counts = np.bincount(numbers, minlength=len(names))
     sums = np.zeros((len(names), embeddings.shape[1]), np.float64)

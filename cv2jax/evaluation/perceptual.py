@@ -31,17 +31,14 @@ def perceptual_scores(
         return {}
     found = {}
     names = available()
+    judges = {name: importlib.import_module(_PACKAGES[name]) for name in names}
     with warnings.catch_warnings():
         # Both divide by nothing, and return a number all the same, where they find no speech.
         warnings.simplefilter("error", RuntimeWarning)
         if "pesq" in names:
-            import pesq
-
-            with contextlib.suppress(pesq.PesqError, ValueError, RuntimeWarning):
-                found["pesq"] = float(pesq.pesq(_RATE_HZ, reference, degraded, "wb"))
+            with contextlib.suppress(judges["pesq"].PesqError, ValueError, RuntimeWarning):
+                found["pesq"] = float(judges["pesq"].pesq(_RATE_HZ, reference, degraded, "wb"))
         if "stoi" in names:
-            import pystoi
-
             with contextlib.suppress(ValueError, RuntimeWarning):
-                found["stoi"] = float(pystoi.stoi(reference, degraded, _RATE_HZ))
+                found["stoi"] = float(judges["stoi"].stoi(reference, degraded, _RATE_HZ))
     return {name: value for name, value in found.items() if np.isfinite(value)}

@@ -11,13 +11,10 @@ from matplotlib.figure import Figure
 
 from cv2jax.audio.f0 import fundamental_frequency
 from cv2jax.audio.mel import MEL_FFT, MEL_HOP, MEL_RATE_HZ, mel_spectrogram
-from cv2jax.audio.stft import frame, hann_window, power_spectrum, reflect_pad
+from cv2jax.audio.stft import LEAST_POWER, RESOLUTIONS, frame, hann_window, power_spectrum, reflect_pad
 from cv2jax.config import UserError
 from cv2jax.evaluation.perceptual import perceptual_scores
 
-# (FFT, hop, window) of Parallel WaveGAN's multi-resolution STFT loss, section 2.2.
-RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
-_LEAST_POWER = 1e-7  # the same paper's code; also what silence counts as in decibels
 _GROSS = 0.2  # of the F0: what the literature calls a gross pitch error
 NUM_PICTURES = 4
 _LOWEST_DB, _HIGHEST_DB = -80.0, 20.0  # shown
@@ -37,7 +34,7 @@ def magnitudes(waveform: Float[np.ndarray, " W"], num_points: int, hop: int, win
     """STFT magnitudes `[F K]`, centred on the samples 0, hop, …, of a Hann window; K = num_points / 2 + 1."""
     padded = reflect_pad(waveform[None], np.array([len(waveform)]), window // 2)
     frames = frame(padded, window, hop, len(waveform) // hop + 1) * hann_window(window)
-    return np.sqrt(np.maximum(power_spectrum(frames, num_points)[0], _LEAST_POWER))
+    return np.sqrt(np.maximum(power_spectrum(frames, num_points)[0], LEAST_POWER))
 
 
 def spectral_distances(original: Float[np.ndarray, " W"], synthesised: Float[np.ndarray, " W"]) -> dict[str, float]:

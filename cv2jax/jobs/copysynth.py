@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
-from cv2jax.audio.f0 import METHODS
+from cv2jax.audio.f0 import METHODS, fundamental_frequency
 from cv2jax.audio.io import load_waveform, write_wav
 from cv2jax.audio.mel import MEL_HOP, MEL_RATE_HZ, mel_spectrogram
 from cv2jax.config import MeshConfig, UserError
@@ -84,6 +84,7 @@ def copy_synthesis(
     """
     if options.method not in METHODS:
         raise UserError(f"method={options.method}: choose {' or '.join(METHODS)}")
+    fundamental_frequency(np.zeros(MEL_HOP, np.float32), MEL_RATE_HZ, MEL_HOP)  # is there a tracker at all?
     recordings = list_recordings(inputs, split=options.split, speakers=options.speakers, limit=options.limit)
     recogniser = _open_recogniser(options.grammar, recordings)
     root = _claim(pathlib.Path(out))
@@ -213,10 +214,14 @@ def load_synthesiser(
     """(the vocoder of a run's newest, or given, checkpoint as a function; what to say of it); UserError as `load_vocoder`."""
     import jax
 
-    from cv2jax.models.hift_vocoder.stream import synthesise
+    from cv2jax.models.hift_vocoder.stream import synthesise_unchecked
     from cv2jax.tasks.trained import find_step, load_vocoder
 
     step = find_step(run, step)
     config, params = load_vocoder(run, make_mesh(MeshConfig(), jax.local_devices()[:1]), step=step)
     key = jax.random.key(seed)
-    return lambda mel: np.asarray(synthesise(config, params, mel, key)), {"run": str(run), "step": step, "seed": seed}
+    return lambda mel: np.asarray(synthesise_unchecked(config, params, mel, key)), {
+        "run": str(run),
+        "step": step,
+        "seed": seed,
+    }

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from cv2jax.audio.mel import FLOW_MEL, MEL_HOP, mel_spectrogram
-from cv2jax.config import TrainConfig, UserError
+from cv2jax.config import TrainConfig, UserError, differences
 from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.copies import CopyScore
@@ -23,7 +24,7 @@ from cv2jax.models.hift_vocoder.losses import (
     tpr_loss,
 )
 from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params
-from cv2jax.models.hift_vocoder.spectral import log_spectral_distance, mel_distance, stft_distance
+from cv2jax.models.hift_vocoder.spectral import mel_distance, stft_distance
 from cv2jax.models.hift_vocoder.stream import require_mel
 from cv2jax.models.hift_vocoder.windows import cut_windows
 from cv2jax.parallel.distributed import global_batch, to_host
@@ -57,9 +58,15 @@ class HiftVocoderTask:
         dtype = self.model_config.generator.dtype
         self._vocoder = HiftVocoder(self.model_config.generator)
         self._judges = Discriminators(self.model_config.discriminators, dtype=dtype)
+        rate = self.model_config.discriminator_learning_rate
         theirs = dataclasses.replace(
-            config.optimizer, learning_rate=self.model_config.discriminator_learning_rate, ema_decay=0.0
+            config.optimizer,
+            learning_rate=rate,
+            final_learning_rate=min(rate, config.optimizer.final_learning_rate),
+            ema_decay=0.0,
         )
+        if self.model_config.adversarial_from >= config.num_steps:
+            logging.warning("model.adversarial_from lies behind the last step: the discriminators will not be trained")
         # Their schedule starts with them: an optimizer counts only the steps that it takes.
         num_contests = max(config.num_steps - self.model_config.adversarial_from, 1)
         self._optimizers = make_optimizer(config.optimizer, config.num_steps), make_optimizer(theirs, num_contests)
@@ -88,7 +95,14 @@ class HiftVocoderTask:
         if not self._config.init_from:
             return state
         mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        _, params = load_vocoder(self._config.init_from, mesh)
+        theirs, params = load_vocoder(self._config.init_from, mesh)
+        free = {"dtype": "", "f0_look_ahead": 0}  # neither changes a shape
+        ours = dataclasses.asdict(self.model_config.generator) | free
+        lines = differences(ours, dataclasses.asdict(theirs) | free, "model.generator.")
+        if lines:
+            raise UserError(
+                f"init_from={self._config.init_from}: is another vocoder ({'; '.join(lines)}); set the same sizes"
+            )
         return restart(state, {GENERATOR: params}, gan_optimizer(*self._optimizers))
 
     def keep(self, workdir: pathlib.Path) -> None:
@@ -180,14 +194,9 @@ class HiftVocoderTask:
             mel, num_frames = map(jnp.asarray, mel_spectrogram(real, counts))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["utterance"])
             made: Any = self._vocoder.apply({"params": params}, jnp.swapaxes(mel, 1, 2), keys, num_frames)
-            size = made.waveform.shape[1]
-            ends = MEL_HOP * num_frames
-            real = jnp.where(jnp.arange(size)[None] < ends[:, None], real[:, :size], 0)
-            fine = [jnp.asarray(mel_spectrogram(wave, ends, fmax=None)[0]) for wave in (real, made.waveform)]
             return {
-                "truth": jnp.swapaxes(fine[0], 1, 2),
-                "copy": jnp.swapaxes(fine[1], 1, 2),
-                "lsd": log_spectral_distance(made.waveform, real, ends),
+                "truth": real[:, : made.waveform.shape[1]],
+                "copy": made.waveform,
                 "f0": made.f0,
                 "target_f0": batch["f0"][:, : mel.shape[2]],
                 "num_frames": jnp.where(batch["row_mask"], num_frames, 0),
@@ -215,11 +224,6 @@ def _fit(config: TrainConfig, data: CorpusBatches) -> HiftTrainingConfig:
     model: HiftTrainingConfig = config.model
     if config.lora.rank:
         raise UserError(f"lora.rank={config.lora.rank}: is for the language model; set 0")
-    if data.rate_hz != model.generator.rate_hz:
-        raise UserError(
-            f"data.corpus={config.data.corpus}: has {data.rate_hz} Hz, the vocoder makes {model.generator.rate_hz} Hz;"
-            f" run `cv2jax prepare` with --rate_hz {model.generator.rate_hz}"
-        )
     require_mel(model.generator, FLOW_MEL)
     dtype = computation_dtype(config.compute_dtype)
     fitted = dataclasses.replace(model, generator=dataclasses.replace(model.generator, dtype=dtype))

@@ -13,12 +13,14 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Integer
 
+from cv2jax.audio.mel import MelDefinition
 from cv2jax.config import LoraConfig, OptimizerConfig, UserError, from_dict
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow_params
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
 from cv2jax.models.hift_vocoder.model import init_params as init_vocoder_params
+from cv2jax.models.hift_vocoder.stream import require_mel
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.decode import transcribe_tokens
 from cv2jax.models.speech_tokenizer.model import init_model_state, init_params
@@ -137,9 +139,10 @@ def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = 
     run = pathlib.Path(run)
     described = load_run(run)
     task, facts = described["config"].get("task"), described["facts"]
-    if task != "hift_vocoder" or "model" not in facts:
+    if task != "hift_vocoder" or not {"model", "mel"} <= set(facts):
         raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a hift_vocoder")
     config = from_dict(HiftVocoderConfig, facts["model"] | {"dtype": "float32"})
+    require_mel(config, from_dict(MelDefinition, facts["mel"]))
     optimizer_config = from_dict(OptimizerConfig, described["config"].get("optimizer", {}))
 
     def init_state(key: jax.Array) -> TrainState:

@@ -98,6 +98,14 @@ def test_it_learns_resumes_reports_and_speaks(corpus, tmp_path):
     state = task.warm_start(state)
     jax.tree.map(np.testing.assert_array_equal, state.params[GENERATOR], params)
     jax.tree.map(np.testing.assert_array_equal, state.params[DISCRIMINATORS], kept)
+    with pytest.raises(UserError, match=r"is another vocoder \(model.generator.width: 32 → 16\)"):
+        make_task(override(warm, ["model.generator.width=32"])).warm_start(state)
+
+    described = json.loads((whole / "run.json").read_text())
+    described["facts"]["mel"]["mel_fmax_hz"] = 12000.0
+    (whole / "run.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"mel_fmax_hz 12000 \(the vocoder's: 8000\)"):
+        load_vocoder(whole, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def test_a_window_that_is_not_finite_skips_both_networks(corpus):
@@ -128,7 +136,7 @@ def test_facts_record_the_mel(corpus):
     [
         (("model.generator.mel_fmax_hz=12000.0",), "mel_fmax_hz 8000"),
         (("model.generator.num_mels=40",), "num_mels 80"),
-        (("model.generator.rate_hz=48000",), "has 24000 Hz, the vocoder makes 48000 Hz"),
+        (("model.generator.rate_hz=48000",), "rate_hz 24000"),
         (("lora.rank=2",), "is for the language model"),
         (("model.generator.width=12",), "is halved 3 times"),
         (("model.target_f0_share=1.5",), "must lie in"),
@@ -144,6 +152,11 @@ def test_a_corpus_without_f0_or_of_another_rate_is_refused(tmp_path):
     plain = make_small_corpus(tmp_path / "plain", 4, 2, rate_hz=24000)
     with pytest.raises(UserError, match="run `cv2jax f0"):
         make_task(config_of(plain))
+    slow = make_small_corpus(tmp_path / "slow", 4, 2, rate_hz=16000)
+    with pytest.raises(
+        UserError, match="has 16000 Hz, the vocoder needs 24000 Hz; run `cv2jax prepare` with --rate_hz"
+    ):
+        make_task(config_of(slow))
 
 
 def test_a_run_of_another_stage_is_no_vocoder(tmp_path):

@@ -1,5 +1,7 @@
 """The F0 predictor (official `hifigan/f0_predictor.py`, spec/official.md 5.1)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -26,7 +28,7 @@ class F0Predictor(nn.Module):
             y = SignalConv(shape, left=left, dtype=c.dtype, name=f"conv_{i}")(extent, x)
             x = y.holding(nn.elu(y.values))
         hidden = x.values.astype(jnp.float32)
-        f0 = F0_UNIT_HZ * jnp.abs(
-            Linear((c.f0_width, 1), ("embed", None), initial_bias=_INITIAL_HZ / F0_UNIT_HZ, name="out")(hidden)
-        )
+        # Exact, because its errors add up in the phase.
+        options: Any = {"initial_bias": _INITIAL_HZ / F0_UNIT_HZ, "precision": "highest"}
+        f0 = F0_UNIT_HZ * jnp.abs(Linear((c.f0_width, 1), ("embed", None), name="out", **options)(hidden))
         return extent.mask(x.holding(f0))

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -46,14 +47,28 @@ def stft(extent: Extent, source: Signal, points: int) -> Signal:
 def _reflected(
     extent: Extent, samples: Float[Array, "B m"], source: Signal, empty: Signal, left: int
 ) -> Float[Array, "B m"]:
-    """The extended samples with what lies outside each utterance mirrored at its first and its last sample."""
+    """The extended samples with the half frames outside each utterance mirrored at its first and its last sample.
+
+    Only these are moved: an index for each sample of the wave would crawl on a TPU.
+    """
     hop = source.rate // empty.rate
+    half = left - hop
     first = extent.positions(empty.holding(samples[:, :1, None]))[:, 0] * hop - left
-    places = first[:, None] + jnp.arange(samples.shape[1], dtype=jnp.int32)
-    last = extent.last(source)[:, None]
-    mirrored = jnp.where(places > last, 2 * last - places, jnp.abs(places))
-    index = jnp.clip(mirrored - first[:, None], 0, samples.shape[1] - 1)
-    return jnp.take_along_axis(samples, index, axis=1)
+    first = jnp.broadcast_to(first, samples.shape[:1])
+    end = extent.last(source) + 1
+    steps = jnp.arange(half, dtype=jnp.int32)
+
+    def mirror(row: Array, first: Array, end: Array) -> Array:
+        padded = jnp.pad(row, (half, half))  # so that a half frame that only begins in the row has a place too
+        for start, places in ((-half, half - steps), (end, end - 2 - steps)):
+            mirrored = row[jnp.clip(places - first, 0, row.shape[0] - 1)]
+            at = jnp.clip(start - first + half, 0, row.shape[0] + half)
+            old = jax.lax.dynamic_slice_in_dim(padded, at, half)
+            new = jnp.where(at == start - first + half, mirrored, old)
+            padded = jax.lax.dynamic_update_slice_in_dim(padded, new, at, 0)
+        return padded[half:-half]
+
+    return jax.vmap(mirror)(samples, first, end)
 
 
 def istft(extent: Extent, spectrum: Signal, points: int) -> Signal:

@@ -1,5 +1,6 @@
 """HiFT, the neural-source-filter vocoder with an inverse Fourier transform at its end: mel → waveform."""
 
+import functools
 from typing import Any
 
 import flax
@@ -112,6 +113,7 @@ def init_params(config: HiftVocoderConfig, key: Key[Array, ""]) -> Any:
     return HiftVocoder(config).init(key, mel, jax.random.split(key, 1))["params"]
 
 
+@functools.lru_cache(maxsize=16)  # it traces the model
 def hold_back(config: HiftVocoderConfig) -> int:
     """How many samples before the end of what was fed a stream's output ends: its right receptive field, in samples."""
     delays: list[int] = []

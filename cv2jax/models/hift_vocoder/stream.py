@@ -20,6 +20,7 @@ from cv2jax.models.hift_vocoder.model import HiftOutput, HiftState, HiftVocoder,
 from cv2jax.nn.signal import ENDLESS
 
 SHORTEST, LONGEST = 8, 128  # frames of a compiled step; longer hops are several
+LONGEST_WHOLE = 1536  # frames, 30 s: what lasts longer is made in hops, whose memory does not grow
 _WHOLE_MULTIPLE = 64  # frames: whole utterances are padded to, so that few shapes compile
 
 
@@ -72,14 +73,31 @@ def synthesise(
 ) -> Float32[np.ndarray, " W"]:
     """The waveform of a whole mel [F M], 480 samples a frame at the official hop; `key`: of its noise.
 
-    Raises UserError for a mel of another definition or bin count, or with values that are not finite.
+    Raises UserError for a mel of another definition or bin count, or with values that are not finite, and for a waveform
+    that is not finite.
     """
+    return _finite(synthesise_unchecked(config, params, mel, key, definition))
+
+
+def synthesise_unchecked(
+    config: HiftVocoderConfig,
+    params: Any,
+    mel: Float[np.ndarray, "F M"],
+    key: Key[Array, ""],
+    definition: MelDefinition = FLOW_MEL,
+) -> Float32[np.ndarray, " W"]:
+    """As `synthesise`, whatever the waveform holds: for those who report it."""
     require_mel(config, definition)
     mel = checked_mel(config, mel)
+    if len(mel) > LONGEST_WHOLE:
+        streams = HiftStreams(config, params, definition)
+        flush = np.zeros((-(-streams.hold_back // config.mel_hop), config.num_mels), np.float32)
+        waveform, _ = streams.run(streams.initial, np.concatenate([mel, flush]), key, len(mel))
+        return waveform[streams.hold_back :][: len(mel) * config.mel_hop]
     padded = np.zeros((1, -(-max(len(mel), 1) // _WHOLE_MULTIPLE) * _WHOLE_MULTIPLE, config.num_mels), np.float32)
     padded[0, : len(mel)] = mel
     made = _whole(config, params, padded, key[None], np.array([len(mel)], np.int32))
-    return _finite(np.asarray(made.waveform[0, : len(mel) * config.mel_hop]))
+    return np.asarray(made.waveform[0, : len(mel) * config.mel_hop])
 
 
 def require_mel(config: HiftVocoderConfig, definition: MelDefinition) -> None:
@@ -122,6 +140,7 @@ class HiftStreams:
         require_mel(config, definition)
         self.config, self.params = config, params
         self.hold_back = hold_back(config)  # samples
+        self.initial = init_state(config, 1)  # of every stream: nothing is donated
 
     def start(self, key: Key[Array, ""]) -> "HiftStream":
         """A stream whose noise is `key`'s."""
@@ -182,9 +201,13 @@ class HiftStream:
         if hold_back is not None and not 0 <= hold_back <= mine.hold_back:
             raise UserError(f"hold_back={hold_back}: give samples, 0 … {mine.hold_back} (the model's own)")
         num_frames = self._num_frames + len(mel)
+        if num_frames >= ENDLESS:
+            raise UserError(
+                f"this stream has {self._num_frames} frames and can have {ENDLESS}; end it and start another"
+            )
         flush = np.zeros((-(-mine.hold_back // config.mel_hop), config.num_mels), np.float32)
         fed = np.concatenate([mel, flush]) if last else mel
-        state = init_state(config, 1) if self._state is None else self._state
+        state = mine.initial if self._state is None else self._state
         first = self._num_frames * config.mel_hop - mine.hold_back
         samples = np.zeros(0, np.float32)
         if len(fed):

@@ -39,4 +39,10 @@ def cut_windows(
 
     audio = cut(padded, starts * MEL_HOP, size + 2 * MEL_MARGIN)
     mel = jnp.swapaxes(jnp.asarray(mel_with_margins(audio)), 1, 2)
-    return {"waveform": audio[:, MEL_MARGIN:-MEL_MARGIN], "mel": mel, "f0": cut(f0, starts, num_frames)}
+    places = starts.reshape(-1, 1) * MEL_HOP + jnp.arange(size)
+    heard = places < jnp.repeat(counts, per_utterance)[:, None]  # not what the mel mirrors behind the end
+    return {
+        "waveform": jnp.where(heard, audio[:, MEL_MARGIN:-MEL_MARGIN], 0),
+        "mel": mel,
+        "f0": cut(f0, starts, num_frames),
+    }

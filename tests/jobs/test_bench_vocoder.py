@@ -88,6 +88,8 @@ def test_a_smaller_hold_back_is_measured_where_it_is_one(figures: list[bench_voc
         assert decibels < 150
         assert 0 < largest < 100
     assert len(of(figures, "early samples")) == 2 * len(smaller)
+    ((voiced,),) = of(figures, "taken for voiced")
+    assert 0 <= voiced <= 100
 
 
 def test_differences_are_decibels_and_shares_of_full_scale() -> None:

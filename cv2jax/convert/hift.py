@@ -16,7 +16,7 @@ _PLAIN = ("m_source.", "source_downs.", "f0_predictor.classifier.")  # the modul
 def hift_rules(config: HiftVocoderConfig, prefix: str = "") -> tuple[Rule, ...]:
     """Every tensor of `HiFTGenerator`, folded, and its place in the parameters of `HiftVocoder`."""
     rules = [
-        *_affine(f"{prefix}m_source.l_linear", "source/mix", _LINEAR),
+        *_affine(f"{prefix}m_source.l_linear", "source", _LINEAR),
         *_affine(f"{prefix}conv_pre", "generator/conv_in", _CONV, MEL_UNIT),
         *_affine(f"{prefix}conv_post", "generator/conv_out", _CONV),
         *_affine(f"{prefix}ups.{{stage}}", "generator/upsample[{stage}]", _UPSAMPLING),

@@ -211,7 +211,7 @@ def _utterance(work: Workload, repeats: int) -> list[Figure]:
         return np.concatenate(parts)[work.hold_back :][: num_frames * c.mel_hop]
 
     def decode(start: int, end: int) -> np.ndarray:
-        return np.asarray(_decode(c, work.params, work.mel[None, start:end], keys)[0])
+        return np.asarray(_decode(c, work.params, jnp.asarray(work.mel[None, start:end]), keys)[0])
 
     runs: dict[str, Callable[[], Any]] = {
         _OURS: ours,

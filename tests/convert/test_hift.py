@@ -81,7 +81,7 @@ def test_every_kernel_stands_where_the_model_reads_it():
     )
     alpha = theirs["resblocks.8.activations2.1.alpha"]
     np.testing.assert_array_equal(generator["block_2_11"]["snake_plain_1"]["alpha"], alpha)
-    np.testing.assert_array_equal(ours["source"]["mix"]["kernel"], theirs["m_source.l_linear.weight"].T)
+    np.testing.assert_array_equal(ours["source"]["kernel"], theirs["m_source.l_linear.weight"].T)
 
 
 def test_the_f0_predictor_counts_in_another_unit_bit_for_bit():

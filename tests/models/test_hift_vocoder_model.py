@@ -145,14 +145,14 @@ def test_a_given_f0_takes_the_place_of_the_predicted_one():
 
 def test_noise_is_of_the_key_and_the_place():
     keys = KEYS[:2]
-    long = np.asarray(draw_noise(keys, jnp.arange(9)[None], 6, 3))
-    assert long.shape == (2, 9, 6, 3)
-    np.testing.assert_array_equal(draw_noise(keys, jnp.arange(4)[None], 6, 3), long[:, :4])
-    cut = draw_noise(keys, jnp.asarray([[2, 3, 4], [5, 6, 7]]), 6, 3)  # rows that stand anywhere
+    long = np.asarray(draw_noise(keys, jnp.arange(9)[None], 6))
+    assert long.shape == (2, 9, 6)
+    np.testing.assert_array_equal(draw_noise(keys, jnp.arange(4)[None], 6), long[:, :4])
+    cut = draw_noise(keys, jnp.asarray([[2, 3, 4], [5, 6, 7]]), 6)  # rows that stand anywhere
     np.testing.assert_array_equal(cut, [long[0, 2:5], long[1, 5:8]])
-    np.testing.assert_array_equal(draw_noise(keys[1:], jnp.arange(9)[None], 6, 3)[0], long[1])
+    np.testing.assert_array_equal(draw_noise(keys[1:], jnp.arange(9)[None], 6)[0], long[1])
     assert len(np.unique(long)) == long.size
-    many = np.asarray(draw_noise(keys[:1], jnp.arange(400)[None], 24, 9))
+    many = np.asarray(draw_noise(keys[:1], jnp.arange(400)[None], 24))
     assert abs(many.mean()) < 0.01
     assert abs(many.std() - 1) < 0.01
 

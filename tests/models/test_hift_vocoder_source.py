@@ -174,7 +174,7 @@ def test_the_last_second_of_an_hour_at_24_khz():
 @functools.cache
 def make_source(config=CONFIG):
     """Only the fundamental is heard, as tanh of itself."""
-    params = {"mix": {"kernel": jnp.eye(SINES, 1), "bias": jnp.zeros(1)}}
+    params = {"kernel": jnp.eye(SINES, 1), "bias": jnp.zeros(1)}
 
     @jax.jit
     def run(f0, keys, noise):

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
-from cv2jax.nn.layers import Linear
+from cv2jax.nn.layers import partitioned
 from cv2jax.nn.signal import Chunk, Extent, Signal
 from cv2jax.nn.trig import sin_turns
 
 _TWO_32 = 2.0**32
+_INITIAL_SUM = 9.0  # of the projection's weights: with sines of 0.1 nearly full scale
 
 
 def split_hertz(f0: Float[Array, "..."], modulus: int) -> tuple[Int[Array, "..."], UInt32[Array, "..."]]:
@@ -59,24 +60,29 @@ class HarmonicSource(nn.Module):
     def __call__(
         self, extent: Extent, f0: Signal, keys: Key[Array, " B"], noise: Float[Array, "B W H"] | None = None
     ) -> Signal:
-        """f0 [B F 1] in Hz → source [B 480 F 1] in [-1, 1]; `noise`: normal draws to use in place of the keys' (whole only)."""
-        c = self.config
+        """f0 [B F 1] in Hz → source [B 480 F 1] in [-1, 1]; `noise`: normal draws to use in place of the keys' (whole only).
+
+        Upstream adds noise to each sine before the projection. The sum of independent normal draws is one draw, as large as
+        the projection's weights: that is what the keys draw.
+        """
+        c, half = self.config, self.config.mel_hop // 2
+        num_sines = c.num_harmonics + 1
+        # All harmonics at first, in phase: a pulse a period, which no filter of a mel makes by itself.
+        pulses = nn.initializers.constant(_INITIAL_SUM / num_sines)
+        kernel = self.param("kernel", partitioned(pulses, (None, None)), (num_sines, 1))
+        bias = self.param("bias", partitioned(nn.initializers.zeros, (None,)), (1,))
         sines, voiced, segments = sine_segments(c, extent, f0)
         if noise is None:
-            noise = draw_noise(keys, extent.positions(segments), c.mel_hop, c.num_harmonics + 1)
+            mixed = jnp.linalg.norm(kernel) * draw_noise(keys, extent.positions(segments), c.mel_hop)
         else:
-            around = jnp.pad(noise, ((0, 0), (c.mel_hop // 2, c.mel_hop // 2), (0, 0)))
-            noise = around.reshape(*segments.values.shape[:2], c.mel_hop, -1)
-        amplitude = jnp.where(voiced, c.noise_amplitude, c.sine_amplitude / 3)[..., None]
-        mixed = jnp.where(voiced[..., None], c.sine_amplitude * sines, 0) + amplitude * noise
-        rows = mixed.reshape(mixed.shape[0], -1, mixed.shape[-1])
+            projected = jnp.pad((noise @ kernel)[..., 0], ((0, 0), (half, half)))
+            mixed = projected.reshape(*segments.values.shape[:2], c.mel_hop)
+        tone = jnp.where(voiced, c.sine_amplitude * (sines @ kernel)[..., 0], 0)
+        rows = jnp.tanh(tone + jnp.where(voiced, c.noise_amplitude, c.sine_amplitude / 3) * mixed + bias)
+        samples = rows.reshape(rows.shape[0], -1, 1)
         if isinstance(extent, Chunk):
-            source = Signal(rows, c.mel_hop, c.mel_hop * segments.delay + c.mel_hop // 2)
-        else:
-            source = Signal(rows[:, c.mel_hop // 2 : -(c.mel_hop // 2)], c.mel_hop)
-        # All harmonics at first, in phase: a pulse a period, which no filter of a mel makes by itself.
-        mix = Linear((c.num_harmonics + 1, 1), (None, None), kernel_init=nn.initializers.ones, name="mix")
-        return source.holding(jnp.tanh(mix(source.values)))
+            return Signal(samples, c.mel_hop, c.mel_hop * segments.delay + half)
+        return Signal(samples[:, half:-half], c.mel_hop)
 
 
 def sine_segments(
@@ -113,10 +119,8 @@ def sine_segments(
     return sin_turns(phase), voiced, segments
 
 
-def draw_noise(
-    keys: Key[Array, " B"], segments: Int[Array, "B_or_1 n"], hop: int, num_sines: int
-) -> Float[Array, "B n W H"]:
+def draw_noise(keys: Key[Array, " B"], segments: Int[Array, "B_or_1 n"], hop: int) -> Float[Array, "B n W"]:
     """Standard normal draws of each row's key and the number of each segment of `hop` samples."""
     places = jnp.broadcast_to(segments, (keys.shape[0], segments.shape[1]))
-    draw = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), (hop, num_sines))  # noqa: E731
+    draw = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), (hop,))  # noqa: E731
     return jax.vmap(jax.vmap(draw, (None, 0)))(keys, places)

@@ -130,6 +130,19 @@ def test_the_official_model_holds_back_395_ms():
     assert hold_back(HiftVocoderConfig(f0_look_ahead=0)) == 7080
 
 
+def test_the_official_kernels_look_ahead_as_far():
+    """Of the official model with few channels: 9,480 samples in all, 6,300 along the mel's own path."""
+    config = HiftVocoderConfig(width=8, f0_width=4, num_mels=5)
+    assert hold_back(config) == 9480
+    mel = make_mel(config, ROWS, 50)
+    mel[:, 30] = np.nan
+    heard = np.isnan(whole(config, mel, np.full(ROWS, 50, np.int32)))[0]
+    assert 30 * 480 - heard.argmax() == 9480
+    decode = jax.jit(lambda mel: HiftVocoder(config).apply({"params": params_of(config)}, mel, source, method="decode"))
+    source = jnp.zeros((ROWS, 50 * 480))
+    assert 30 * 480 - np.isnan(decode(mel))[0].argmax() == 6300
+
+
 def test_a_state_has_the_same_size_however_long_it_gets():
     state = init_state(CONFIG, ROWS)
     sizes = lambda state: [(a.shape, a.dtype) for a in jax.tree.leaves(state)]  # noqa: E731

@@ -20,6 +20,7 @@ class SignalConv(nn.Module):
       shape: (kernel size, input channels, output channels). dilation, stride: as in torch.
       left: how far output i · 1 reaches back from input i · stride; None: centred.
       extra: of the output Signal; None: of the input.
+      origin: of the inputs, from which the bias counts: as if it were taken from them, also where they are padded with 0.
       init_scale: standard deviation of the initial kernel; None: uniform within 1/√fan-in, as torch's. bias_init: its bias.
       dtype: computation dtype.
     """
@@ -29,6 +30,7 @@ class SignalConv(nn.Module):
     stride: int = 1
     left: int | None = None
     extra: int | None = None
+    origin: float = 0.0
     init_scale: float | None = None
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: str = "float32"
@@ -65,7 +67,8 @@ class SignalConv(nn.Module):
             rhs_dilation=(self.dilation,),
             dimension_numbers=("NWC", "WIO", "NWC"),
         )
-        return extent.mask(empty.holding(y + self.bias.astype(self.dtype)))
+        bias = self.bias - self.origin * jnp.sum(self.kernel, axis=(0, 1)) if self.origin else self.bias
+        return extent.mask(empty.holding(y + bias.astype(self.dtype)))
 
 
 class SignalUpsampling(nn.Module):

@@ -15,6 +15,7 @@ CONVS = {
     "one": SignalConv((1, 4, 5)),
     "even": SignalConv((4, 4, 5)),
     "dilated": SignalConv((5, 4, 5), dilation=3),
+    "of another origin": SignalConv((3, 4, 5), origin=-1.5),
     "causal": SignalConv((3, 4, 5), left=2),
     "ahead": SignalConv((3, 4, 5), left=0),
     "strided": SignalConv((6, 4, 5), stride=3, left=1),
@@ -50,6 +51,7 @@ def slow_conv(layer: SignalConv, x: np.ndarray, extra: int) -> np.ndarray:
     params, num_out = params_of(layer), len(x) // layer.stride + extra
     left = (layer.shape[0] - 1) // 2 * layer.dilation if layer.left is None else layer.left
     y = np.tile(params["bias"].astype(np.float64), (num_out, 1))
+    y -= layer.origin * params["kernel"].sum(axis=(0, 1), dtype=np.float64)
     for i in range(num_out):
         for tap in range(layer.shape[0]):
             at = layer.stride * i - left + layer.dilation * tap
@@ -168,3 +170,13 @@ def test_a_half_precision_layer_says_half_precision():
         assert got.dtype == jnp.bfloat16
         slow = slow_conv(layer, x, 0) if isinstance(layer, SignalConv) else slow_upsampling(layer, x)
         np.testing.assert_allclose(got[0].astype(np.float32), slow, rtol=0.05, atol=0.1)
+
+
+def test_an_origin_is_taken_from_the_inputs_and_their_padding():
+    x = make_values(9, 1)[0]
+    layer = SignalConv((3, 4, 5), origin=-1.5)
+    got = bound(layer)(Whole(), Signal(jnp.asarray(x[None]), 1)).values[0]
+    padded = np.pad(x, ((1, 1), (0, 0))) + 1.5
+    params = params_of(layer)
+    want = sum(padded[i : i + 9] @ params["kernel"][i] for i in range(3)) + params["bias"]
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -10,8 +10,8 @@ F0_LAYERS = 5  # convolutions of the F0 predictor
 LEAKY_SLOPE = 0.1
 # Units that our parameters count in where the official ones count in 1: log-mel (about -11 to 2) at the first convolutions,
 # and Hz behind the F0 predictor. A step of Adam moves a weight by the learning rate, whatever it is multiplied with: plain
-# log-mel makes that too far, and plain Hz would take thousands of steps. Powers of two, so that weights convert bit for bit.
-MEL_UNIT = 16.0
+# Hz would take thousands of steps. Powers of two, so that weights convert bit for bit.
+MEL_UNIT = 4.0
 F0_UNIT_HZ = 16.0
 
 
@@ -46,6 +46,10 @@ class HiftVocoderConfig:
     # Of the five convolutions of the F0 predictor so many see a frame ahead, the others none: 5 is the official model,
     # fewer let a stream speak sooner. A model must be trained so.
     f0_look_ahead: int = F0_LAYERS
+    # Log-mel that the first convolutions count from. Far from the mean, their inputs are mostly one constant, and are learnt
+    # from several times as slowly. Official weights count from 0; those of another origin are the same function with other
+    # biases: official bias = bias - origin / MEL_UNIT · the sum of our kernel.
+    mel_origin: float = 0.0
     dtype: str = "float32"
 
     @property

@@ -25,7 +25,8 @@ class F0Predictor(nn.Module):
         for i in range(F0_LAYERS):
             shape = (3, c.num_mels if i == 0 else c.f0_width, c.f0_width)
             left = 1 if i < c.f0_look_ahead else 2
-            y = SignalConv(shape, left=left, dtype=c.dtype, name=f"conv_{i}")(extent, x)
+            origin = c.mel_origin / MEL_UNIT if i == 0 else 0.0
+            y = SignalConv(shape, left=left, origin=origin, dtype=c.dtype, name=f"conv_{i}")(extent, x)
             x = y.holding(nn.elu(y.values))
         hidden = x.values.astype(jnp.float32)
         # Exact, because its errors add up in the phase.

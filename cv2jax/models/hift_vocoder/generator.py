@@ -65,7 +65,7 @@ class HiftGenerator(nn.Module):
         c = self.config
         num_bins = c.istft_points // 2 + 1
         spectrum = stft(extent, source, c.istft_points)
-        conv_in = SignalConv((7, c.num_mels, c.width), dtype=c.dtype, name="conv_in")
+        conv_in = SignalConv((7, c.num_mels, c.width), origin=c.mel_origin / MEL_UNIT, dtype=c.dtype, name="conv_in")
         x = conv_in(extent, mel.holding(mel.values / MEL_UNIT))
         for i in range(len(c.upsample_rates)):
             x = self._stage(extent, x, spectrum, i)

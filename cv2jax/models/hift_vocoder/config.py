@@ -95,10 +95,10 @@ class HiftVocoderConfig:
                 f"model.generator.mel_hop={self.mel_hop}: must divide rate_hz={self.rate_hz} and be a multiple of"
                 f" {2 * self.istft_hop}"
             )
-        if self.mel_hop <= self.istft_points // 2:
+        if self.mel_hop <= self.istft_points:
             raise UserError(
-                f"model.generator.mel_hop={self.mel_hop}: half a window of istft_points={self.istft_points} must fit into a"
-                " frame, to be mirrored at its end"
+                f"model.generator.mel_hop={self.mel_hop}: must exceed istft_points={self.istft_points}: a frame that is mirrored"
+                " at its end must hold what it mirrors"
             )
         if not 0 <= self.f0_look_ahead <= F0_LAYERS:
             raise UserError(f"model.generator.f0_look_ahead={self.f0_look_ahead}: must lie in 0 … {F0_LAYERS}")

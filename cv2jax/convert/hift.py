@@ -14,7 +14,12 @@ _PLAIN = ("m_source.", "source_downs.", "f0_predictor.classifier.")  # the modul
 
 
 def hift_rules(config: HiftVocoderConfig, prefix: str = "") -> tuple[Rule, ...]:
-    """Every tensor of `HiFTGenerator`, folded, and its place in the parameters of `HiftVocoder`."""
+    """Every tensor of `HiFTGenerator`, folded, and its place in the parameters of `HiftVocoder`.
+
+    Raises ValueError for a config that counts log-mel from elsewhere than 0: see `count_from_zero`.
+    """
+    if config.mel_origin:
+        raise ValueError(f"mel_origin is {config.mel_origin:g}; official weights count from 0")
     rules = [
         *_affine(f"{prefix}m_source.l_linear", "source", _LINEAR),
         *_affine(f"{prefix}conv_pre", "generator/conv_in", _CONV, MEL_UNIT),

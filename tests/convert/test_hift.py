@@ -151,3 +151,8 @@ def test_a_file_of_another_size_is_one_error():
     assert "conv_post.bias" in said
     assert f"1 left over: ups.0.{NEW[1]}" in said
     assert "f0_predictor.classifier.weight is [1 25] and must be [1 24]" in said
+
+
+def test_rules_are_for_models_that_count_from_zero():
+    with pytest.raises(ValueError, match="official weights count from 0"):
+        hift_rules(small_config(mel_origin=-6.0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
-from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params
+from cv2jax.models.hift_vocoder.model import HiftVocoder, count_from_zero, init_params
 from cv2jax.models.hift_vocoder.source import draw_noise
 from tests.models.golden_hift import (
     GOLDEN_CONFIG,
@@ -186,3 +186,15 @@ def test_half_precision_is_near():
     assert half.dtype == jnp.float32
     error = np.sqrt(np.mean(np.square(half - full)) / np.mean(np.square(full)))
     assert 0 < error < 0.1
+
+
+def test_an_origin_of_the_mel_goes_into_the_biases():
+    config, mel = small_config(mel_origin=-6.0), make_mel(SMALL, 2, 6)
+    want = apply(config, small_params(), mel, KEYS[:2])
+    plain, params = count_from_zero(config, small_params())
+    assert plain == SMALL
+    got = apply(plain, params, mel, KEYS[:2])
+    close(got.f0, want.f0, atol=1e-3)
+    close(got.waveform, want.waveform, atol=1e-4)
+    other = apply(plain, small_params(), mel, KEYS[:2])
+    assert np.abs(other.waveform - want.waveform).max() > 1e-2

@@ -1,5 +1,6 @@
 """HiFT, the neural-source-filter vocoder with an inverse Fourier transform at its end: mel → waveform."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
+from cv2jax.models.hift_vocoder.config import MEL_UNIT, HiftVocoderConfig
 from cv2jax.models.hift_vocoder.f0 import F0Predictor
 from cv2jax.models.hift_vocoder.generator import HiftGenerator
 from cv2jax.models.hift_vocoder.source import HarmonicSource
@@ -111,6 +112,18 @@ def init_params(config: HiftVocoderConfig, key: Key[Array, ""]) -> Any:
     """Fresh parameters, boxed with logical axes."""
     mel = jnp.zeros((1, 4, config.num_mels))
     return HiftVocoder(config).init(key, mel, jax.random.split(key, 1))["params"]
+
+
+def count_from_zero(config: HiftVocoderConfig, params: Any) -> tuple[HiftVocoderConfig, Any]:
+    """The same function with `mel_origin` 0, as official weights have it: the origin goes into two biases."""
+
+    def folded(layer: dict[str, Array]) -> dict[str, Array]:
+        moved = config.mel_origin / MEL_UNIT * jnp.sum(layer["kernel"], axis=(0, 1))
+        return layer | {"bias": layer["bias"] - moved}
+
+    generator = params["generator"] | {"conv_in": folded(params["generator"]["conv_in"])}
+    predictor = params["f0_predictor"] | {"conv_0": folded(params["f0_predictor"]["conv_0"])}
+    return dataclasses.replace(config, mel_origin=0.0), params | {"generator": generator, "f0_predictor": predictor}
 
 
 @functools.lru_cache(maxsize=16)  # it traces the model

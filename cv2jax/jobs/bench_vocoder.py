@@ -129,10 +129,11 @@ def measure_vocoder(options: BenchOptions) -> list[Figure]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _speak(config: HiftVocoderConfig, params: Any, mel: Array, keys: Array) -> HiftOutput:
-    return HiftVocoder(config).apply({"params": params}, mel, keys)  # type: ignore[return-value]
+    made: Any = HiftVocoder(config).apply({"params": params}, mel, keys)
+    return made
 
 
-def _decode(config: HiftVocoderConfig, params: Any, mel: Array, keys: Array) -> Float[Array, "B W"]:
+def _decode(config: HiftVocoderConfig, params: Any, mel: Array | np.ndarray, keys: Array) -> Float[Array, "B W"]:
     return _speak(config, params, mel, keys).waveform
 
 

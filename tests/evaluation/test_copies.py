@@ -67,6 +67,7 @@ def test_padding_and_rows_of_nothing_count_nothing():
 def test_a_copy_that_is_not_finite_is_counted_and_in_no_mean():
     broken = batch((4, 3))
     broken["copy"][0, 2 * HOP + 1] = np.inf
+    broken["f0"][1, 0], broken["target_f0"][1, 0] = 100, 140  # one frame at least is voiced in both
     found = scored(broken)
     assert found["num_non_finite"] == 1
     for name, want in by_hand(broken).items():

@@ -24,10 +24,11 @@ def test_the_official_sizes_fit():
     [
         *(
             ({name: 0}, rf"model\.generator\.{name}=0: must be positive")
-            for name in (
-                *("num_mels", "rate_hz", "mel_fft", "mel_hop", "width", "num_harmonics", "f0_width", "istft_hop"),
-                *("mel_fmax_hz", "sine_amplitude", "noise_amplitude", "max_magnitude", "max_amplitude"),
-            )
+            for name in ("num_mels", "rate_hz", "mel_fft", "mel_hop", "width", "num_harmonics", "f0_width", "istft_hop")
+        ),
+        *(
+            ({name: 0.0}, rf"model\.generator\.{name}=0\.0: must be positive")
+            for name in ("mel_fmax_hz", "sine_amplitude", "noise_amplitude", "max_magnitude", "max_amplitude")
         ),
         ({"sine_amplitude": -0.1}, r"sine_amplitude=-0\.1: must be positive"),
         ({"upsample_rates": (8, 15)}, "upsample_rates has 2 stages, upsample_kernels 3, source_kernels 3"),
@@ -69,15 +70,13 @@ def test_a_generator_that_cannot_be(changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"window_frames": 0}, r"model\.window_frames=0: must be positive"),
+        ({"windows_per_utterance": 0}, r"model\.windows_per_utterance=0: must be positive"),
+        ({"discriminator_learning_rate": 0.0}, r"model\.discriminator_learning_rate=0\.0: must be positive"),
+        ({"adversarial_from": -1}, r"model\.adversarial_from=-1: must not be negative"),
         *(
-            ({name: 0}, rf"model\.{name}=0: must be positive")
-            for name in ("window_frames", "windows_per_utterance", "discriminator_learning_rate")
-        ),
-        *(
-            ({name: -1}, rf"model\.{name}=-1: must not be negative")
-            for name in (
-                *("adversarial_from", "mel_weight", "feature_weight", "tpr_weight", "f0_weight", "stft_weight"),
-            )
+            ({name: -0.5}, rf"model\.{name}=-0\.5: must not be negative")
+            for name in ("mel_weight", "feature_weight", "tpr_weight", "f0_weight", "stft_weight")
         ),
         ({"target_f0_share": 1.5}, r"model\.target_f0_share=1\.5: must lie in \[0, 1\]"),
         ({"target_f0_share": -0.5}, r"model\.target_f0_share=-0\.5"),

@@ -97,8 +97,8 @@ class HiftVocoderConfig:
             )
         if self.mel_hop <= self.istft_points:
             raise UserError(
-                f"model.generator.mel_hop={self.mel_hop}: must exceed istft_points={self.istft_points}: a frame that is"
-                " mirrored at its end must hold what it mirrors"
+                f"model.generator.mel_hop={self.mel_hop}: must exceed istft_points={self.istft_points}: its"
+                " ends are mirrored within one frame"
             )
         if not 0 <= self.f0_look_ahead <= F0_LAYERS:
             raise UserError(f"model.generator.f0_look_ahead={self.f0_look_ahead}: must lie in 0 … {F0_LAYERS}")

@@ -6,6 +6,11 @@
 The first 800 of its 900 steps are spectral alone, and half of the windows have the recording's F0. Not upstream's: 31
 harmonics (a network this small cannot make the high ones itself), log-mel counted from -6, and a distance of log magnitudes
 at three resolutions; each teaches it faster.
+
+On the embedded corpus of `cv2jax quickstart` (8 voices, an hour) it took 11.4 minutes on two cores of an Intel Xeon with other
+work beside it: log-spectral distance 9.96 dB and F0 19.3 Hz off on held-out speech, and pocketsphinx reads its copies of 40
+sentences of voice f3 that it never heard without an error. From 0 instead of -6 it read half of the words wrong after 400
+steps, where this had 10.7 %.
 """
 
 from cv2jax.config import DataConfig, OptimizerConfig, TrainConfig

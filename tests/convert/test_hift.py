@@ -9,7 +9,7 @@ from cv2jax.convert.discriminators import discriminator_rules
 from cv2jax.convert.hift import PREFIX, hift_rules, weight_norm_style
 from cv2jax.convert.rules import foreign_tensors, load_tree
 from cv2jax.convert.weight_norm import NEW, OLD, FoldedReader, fold, unfold_tensors
-from cv2jax.models.hift_vocoder.config import F0_UNIT_HZ, HiftVocoderConfig
+from cv2jax.models.hift_vocoder.config import F0_UNIT_HZ, MEL_UNIT, HiftVocoderConfig
 from tests.convert.test_weight_norm import DictReader, values
 from tests.models.golden_hift import (
     GOLDEN_CONFIG,
@@ -66,7 +66,6 @@ def test_every_kernel_stands_where_the_model_reads_it():
 
     generator, f0 = ours["generator"], ours["f0_predictor"]
     for place, name in (
-        (generator["conv_in"], "conv_pre"),
         (generator["conv_out"], "conv_post"),
         (generator["block_1_7"]["dilated_2"], "resblocks.4.convs1.2"),
         (generator["block_2_3"]["plain_0"], "resblocks.6.convs2.0"),
@@ -74,6 +73,9 @@ def test_every_kernel_stands_where_the_model_reads_it():
         (f0["conv_3"], "f0_predictor.condnet.6"),
     ):
         np.testing.assert_array_equal(place["kernel"], kernel(name).transpose(2, 1, 0))
+        np.testing.assert_array_equal(place["bias"], theirs[f"{name}.bias"])
+    for place, name in ((generator["conv_in"], "conv_pre"), (f0["conv_0"], "f0_predictor.condnet.0")):
+        np.testing.assert_array_equal(place["kernel"], MEL_UNIT * kernel(name).transpose(2, 1, 0))
         np.testing.assert_array_equal(place["bias"], theirs[f"{name}.bias"])
     np.testing.assert_array_equal(generator["upsample_1"]["kernel"], kernel("ups.1").transpose(2, 0, 1))
     np.testing.assert_array_equal(

@@ -64,9 +64,14 @@ def test_damage_is_one_line(path):
     np.savez(path, ids=np.array(IDS), speakers=np.array(["bo"]), embeddings=VECTORS)
     with pytest.raises(UserError, match="speaker_embeddings"):
         EmbeddingFile(path)
-    save_embeddings(path, IDS, SPEAKERS, VECTORS * np.float32(np.nan), {"encoder": "abc"})
+    path.write_bytes(whole)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"embeddings": VECTORS * np.float32(np.nan)})
     with pytest.raises(UserError, match="not all of them finite"):
         EmbeddingFile(path)
+    with pytest.raises(UserError, match="3 of 3 embeddings are not finite, that of 'u2' first"):
+        save_embeddings(path, IDS, SPEAKERS, VECTORS * np.float32(np.nan), {"encoder": "abc"})
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read .No such file"):
         EmbeddingFile(path)

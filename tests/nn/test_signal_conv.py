@@ -155,10 +155,16 @@ def test_initial_kernels_and_biases():
     limit = 300**-0.5
     assert -limit <= uniform.min() < -0.9 * limit
     assert 0.9 * limit < uniform.max() <= limit
-    for layer in (SignalConv((10, 30, 40), init_scale=0.01), SignalUpsampling((10, 30, 40), 2)):
-        params = first(layer)
-        assert 0.0097 < params["kernel"].std() < 0.0103
-        assert not params["bias"].any()
+    params = first(SignalConv((10, 30, 40), init_scale=0.01))
+    assert 0.0097 < params["kernel"].std() < 0.0103
+    assert not params["bias"].any()
+    # One matrix, spread so that the taps of each new element sum to it: a constant in gives a constant out.
+    params = first(SignalUpsampling((10, 30, 40), 2))
+    kernel = params["kernel"]
+    assert 0.95 < kernel[::2].sum(axis=0).std() * 30**0.5 < 1.05
+    np.testing.assert_allclose(kernel[::2].sum(axis=0), kernel[1::2].sum(axis=0), atol=1e-6)
+    np.testing.assert_allclose(kernel, kernel[::-1], atol=1e-6)
+    assert not params["bias"].any()
     raised = SignalConv((1, 30, 2), bias_init=lambda key, shape, dtype=jnp.float32: jnp.full(shape, 7.0, dtype))
     np.testing.assert_array_equal(first(raised)["bias"], [7, 7])
 

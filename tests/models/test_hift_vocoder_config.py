@@ -89,4 +89,6 @@ def test_a_training_that_cannot_be(changes, said):
 
 def test_weights_of_nothing_are_fine():
     none = dict.fromkeys(("mel_weight", "feature_weight", "tpr_weight", "f0_weight", "stft_weight"), 0.0)
-    HiftTrainingConfig(**none, target_f0_share=1.0).validate()
+    config = HiftTrainingConfig(**none, target_f0_share=1.0)
+    config.validate()
+    assert config.mel_weight == 0

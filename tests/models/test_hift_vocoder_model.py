@@ -42,7 +42,7 @@ def fresh_params():
     return jax.jit(lambda key: nn.unbox(init_params(SMALL, key)))(jax.random.key(0))
 
 
-def close(got, want, *, atol):
+def assert_close(got, want, *, atol):
     np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
@@ -50,7 +50,7 @@ def close(got, want, *, atol):
 def test_the_golden_of_a_given_source(source, wave):
     arrays = golden()
     got = apply(GOLDEN_CONFIG, golden_params(), arrays["mel"], arrays[source], method="decode")
-    close(got, arrays[wave], atol=1e-5)  # a stack: 1e-4 would do
+    assert_close(got, arrays[wave], atol=1e-5)  # a stack: 1e-4 would do
 
 
 def test_the_golden_from_the_mel_on():
@@ -65,11 +65,11 @@ def test_the_golden_from_the_mel_on():
     np.testing.assert_allclose(out.f0, arrays["f0"], rtol=1e-5, atol=1e-6 * arrays["f0"].max())
     assert out.waveform.shape == arrays["wav"].shape
     source = apply(GOLDEN_CONFIG, params, arrays["f0"], KEYS[:1], arrays["gauss"], method="make_source")
-    close(source, arrays["source"], atol=1e-3)
+    assert_close(source, arrays["source"], atol=1e-3)
     again = apply(GOLDEN_CONFIG, params, out.f0, KEYS[:1], arrays["gauss"], method="make_source")
-    close(again, arrays["source"], atol=1e-3)
+    assert_close(again, arrays["source"], atol=1e-3)
     wave = apply(GOLDEN_CONFIG, params, arrays["mel"], again, method="decode")
-    close(wave, arrays["wav"], atol=1e-3)
+    assert_close(wave, arrays["wav"], atol=1e-3)
     # Another draw says another wave: the golden's is not matched by chance.
     assert np.abs(out.waveform - arrays["wav"]).max() > 1e-2
 
@@ -96,8 +96,8 @@ def test_rows_of_a_batch_are_as_if_alone_with_nan_behind_them():
     np.testing.assert_array_equal(out.waveform, other.waveform)
     for row, length in list(enumerate(lengths))[1:]:
         alone = apply(SMALL, small_params(), mel[row : row + 1, :length], KEYS[row : row + 1])
-        close(out.waveform[row, : HOP * length], alone.waveform[0], atol=1e-4)
-        close(out.f0[row, :length] / alone.f0[0], np.ones(length), atol=1e-5)
+        assert_close(out.waveform[row, : HOP * length], alone.waveform[0], atol=1e-4)
+        assert_close(out.f0[row, :length] / alone.f0[0], np.ones(length), atol=1e-5)
         assert not np.any(out.waveform[row, HOP * length :])
         assert not np.any(out.f0[row, length:])
 
@@ -136,11 +136,11 @@ def test_a_given_f0_takes_the_place_of_the_predicted_one():
     every = apply(SMALL, small_params(), mel, KEYS, lengths, given)
     some = apply(SMALL, small_params(), mel, KEYS, lengths, given, np.array([False, True, False]))
     np.testing.assert_array_equal(every.f0, plain.f0)  # what is told is the prediction
-    close(some.waveform[1], every.waveform[1], atol=1e-5)
-    close(some.waveform[::2], plain.waveform[::2], atol=1e-5)
+    assert_close(some.waveform[1], every.waveform[1], atol=1e-5)
+    assert_close(some.waveform[::2], plain.waveform[::2], atol=1e-5)
     assert (np.abs(every.waveform - plain.waveform).max(axis=1) > 1e-3).all()
     same = apply(SMALL, small_params(), mel, KEYS, lengths, plain.f0)
-    close(same.waveform, plain.waveform, atol=1e-5)
+    assert_close(same.waveform, plain.waveform, atol=1e-5)
 
 
 def test_noise_is_of_the_key_and_the_place():
@@ -194,7 +194,7 @@ def test_an_origin_of_the_mel_goes_into_the_biases():
     plain, params = count_from_zero(config, small_params())
     assert plain == SMALL
     got = apply(plain, params, mel, KEYS[:2])
-    close(got.f0, want.f0, atol=1e-3)
-    close(got.waveform, want.waveform, atol=1e-4)
+    assert_close(got.f0, want.f0, atol=1e-3)
+    assert_close(got.waveform, want.waveform, atol=1e-4)
     other = apply(plain, small_params(), mel, KEYS[:2])
     assert np.abs(other.waveform - want.waveform).max() > 1e-2

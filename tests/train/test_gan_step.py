@@ -56,7 +56,9 @@ def test_the_discriminators_move_first_and_the_generator_against_the_new_ones():
     for index in range(3):
         batch, key = toy_gan.host_batch(index), jax.random.key(5)
         generator, judges = toy_gan.sgd_step(state, batch, key)
-        fake, others = toy_gan.generate(state.params["generator"], batch, jax.random.fold_in(key, index))
+        fake, others = toy_gan.generate(
+            state.params["generator"], batch, jax.random.split(jax.random.fold_in(key, index))[1]
+        )
         state, metrics = step(state, batch, key)
         close(state.params, {"generator": generator, "discriminators": judges})
         spectral = toy_gan.spectral_loss(fake, others, batch)[0]

@@ -114,7 +114,7 @@ def run(num_steps, mesh_config, *, poison=-1, resume_at=-1, directory=None, init
 def sgd_step(state, batch, key, rate=0.1):
     """One step by the book with plain gradient descent: (generator, discriminators)."""
     generator, judges = state.params["generator"], state.params["discriminators"]
-    key = jax.random.fold_in(key, state.step)
+    _, key = jax.random.split(jax.random.fold_in(key, state.step))  # the first part is for `prepare`
     fake, _ = generate(generator, batch, key)
     down = lambda params, gradients: optax.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradients))  # noqa: E731
     judges = down(judges, jax.grad(lambda p: discriminator_loss(p, fake, batch["waveform"])[0])(judges))

@@ -88,16 +88,19 @@ def load_params(
     wanted = {"params": abstract.params}
     if ema and optimizer_config.ema_decay:  # in place of what was trained
         _, frozen = partition(abstract.params, trained_by(lora))
-        is_average = lambda part: isinstance(part, AverageState)  # noqa: E731
-        # Orbax wants the whole structure of a tuple, but its other leaves may be None.
-        average = jax.tree.map(lambda part: part if is_average(part) else None, abstract.opt_state, is_leaf=is_average)
-        wanted = {"opt_state": average} | ({"params": frozen} if frozen else {})
+        wanted = {"opt_state": _average_alone(abstract.opt_state)} | ({"params": frozen} if frozen else {})
     loaded = load_subtree(run / "checkpoints", wanted, step)
     params = combine(loaded.get("params", {}), optax.tree.get(loaded.get("opt_state"), "ema_params", {}))
     merged = jax.jit(effective_params, static_argnums=1)
     if lora.rank and (merge or lora_file):
         params = merged(params, lora)
     return (merged(*load_lora(pathlib.Path(lora_file), params)) if lora_file else params), described
+
+
+def _average_alone(opt_state: Any) -> Any:
+    """An optimizer's state with None for all but the moving average: Orbax wants the whole structure of a tuple."""
+    is_average = lambda part: isinstance(part, AverageState)  # noqa: E731
+    return jax.tree.map(lambda part: part if is_average(part) else None, opt_state, is_leaf=is_average)
 
 
 def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]) -> TextSpeechLmConfig:
@@ -153,9 +156,7 @@ def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = 
     abstract, _ = abstract_state(init_state, mesh)
     wanted: dict[str, Any] = {"params": {GENERATOR: abstract.params[GENERATOR]}}
     if optimizer_config.ema_decay:
-        is_average = lambda part: isinstance(part, AverageState)  # noqa: E731
-        keep = lambda part: part if is_average(part) else None  # noqa: E731
-        wanted = {"opt_state": {GENERATOR: jax.tree.map(keep, abstract.opt_state[GENERATOR], is_leaf=is_average)}}
+        wanted = {"opt_state": {GENERATOR: _average_alone(abstract.opt_state[GENERATOR])}}
     loaded = load_subtree(run / "checkpoints", wanted, find_step(run, step))
     average = optax.tree.get(loaded.get("opt_state"), "ema_params", {})
     return config, combine(loaded.get("params", {}).get(GENERATOR, {}), average)

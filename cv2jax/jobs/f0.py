@@ -10,16 +10,11 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cv2jax.audio.f0 import METHODS, fundamental_frequency
 from cv2jax.audio.mel import MEL_HOP, MEL_RATE_HZ
@@ -27,9 +22,7 @@ from cv2jax.config import UserError
 from cv2jax.data.corpus_index import write_json
 from cv2jax.data.f0_shard import F0_DIRECTORY, F0_VERSION, INDEX, NOTES, F0Outcome, F0Task, build_f0
 from cv2jax.data.shards import Corpus
-from cv2jax.jobs.pool import num_cores, start_workers
-
-_SECONDS_BETWEEN_LINES = 30.0
+from cv2jax.jobs.pool import Progress, num_cores, run_in_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +64,10 @@ def compute_f0(
     root = opened.path / F0_DIRECTORY
     with _locked(root):
         _settle_method(root, method)
-        outcomes = _run(list(_make_tasks(opened, method, verify)), workers)
+        tasks = list(_make_tasks(opened, method, verify))
+        with Progress("f0", sum(task.num_records for task in tasks)) as progress:
+            count = lambda outcome: progress.add(outcome.note["num_records"], outcome.speech_seconds)  # noqa: E731
+            outcomes = run_in_order(build_f0, tasks, workers, count)
         changed = _finish(opened, method, outcomes)
     total = {name: sum(o.note[name] for o in outcomes) for name in ("num_records", "num_frames", "num_voiced")}
     made = sum(outcome.built for outcome in outcomes)
@@ -142,28 +138,6 @@ def _make_tasks(corpus: Corpus, method: str, verify: bool) -> Iterator[F0Task]:
             first_row += shard["num_records"]
 
 
-def _run(tasks: list[F0Task], workers: int) -> list[F0Outcome]:
-    """Runs every task in worker processes and returns the outcomes in order."""
-    outcomes: list[F0Outcome] = []
-    waiting: deque[Future[F0Outcome]] = deque()
-    with start_workers(workers) as pool, _Progress(sum(task.num_records for task in tasks)) as progress:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(build_f0, task))
-                if len(waiting) >= 4 * workers:
-                    outcomes.append(progress.add(waiting.popleft().result()))
-            while waiting:
-                outcomes.append(progress.add(waiting.popleft().result()))
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory?); finished shards are kept: run again with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return outcomes
-
-
 def _finish(corpus: Corpus, method: str, outcomes: list[F0Outcome]) -> bool:
     """Writes the index and removes what belongs to shards that are no more; False where all stood so."""
     root = corpus.path / F0_DIRECTORY
@@ -184,31 +158,3 @@ def _finish(corpus: Corpus, method: str, outcomes: list[F0Outcome]) -> bool:
     told = json.dumps([index, [shard["sha256"] for shard in shards]])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return write_json(root / INDEX, index | {"hash": digest, "shards": shards}) or bool(stale)
-
-
-class _Progress:
-    """A bar on a terminal, else a line now and then: utterances, and speed against real time."""
-
-    def __init__(self, total: int) -> None:
-        self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc="f0", unit="utt", disable=not sys.stderr.isatty())
-        self._total, self._done, self._seconds = total, 0, 0.0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, outcome: F0Outcome) -> F0Outcome:
-        """Counts one shard and returns it."""
-        now = time.monotonic()
-        self._done += outcome.note["num_records"]
-        self._seconds += outcome.speech_seconds
-        speed = f"{self._seconds / max(now - self._start, 1e-9):.1f}x realtime"
-        self._bar.set_postfix_str(speed, refresh=False)
-        self._bar.update(outcome.note["num_records"])
-        if self._bar.disable and now - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = now
-            print(f"f0: {self._done} of {self._total} utterances, {speed}", file=sys.stderr, flush=True)
-        return outcome

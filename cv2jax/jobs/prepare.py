@@ -11,16 +11,11 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cv2jax.audio.io import MIN_RATE_HZ
 from cv2jax.config import UserError
@@ -29,13 +24,12 @@ from cv2jax.data.manifest import ManifestScan, scan_manifest
 from cv2jax.data.prepare_report import write_report
 from cv2jax.data.shard_builder import PrepareOptions, ShardOutcome, ShardTask, build_shard, load_columns, note_path
 from cv2jax.data.shards import ENCODINGS, Corpus
-from cv2jax.jobs.pool import num_cores, start_workers
+from cv2jax.jobs.pool import Progress, num_cores, run_in_order
 from cv2jax.text.characters import CharacterVocabulary
 
 # So many shards, for the sake of parallel work and resuming, within these sizes.
 _TARGET_SHARDS = 64
 _SHARD_UTTERANCES = (8, 2048)
-_SECONDS_BETWEEN_LINES = 30.0
 
 Plan = list[tuple[str, int, int, int]]  # (split, shard number, first and last of the split's own rows)
 
@@ -87,7 +81,7 @@ def prepare(
         shard_utterances = _settle_options(out, options, shard_utterances, len(scan.line))
         plan = _plan(scan, shard_utterances)
         tasks = _make_tasks(scan, plan, out, options, strict=strict, verify=verify)
-        outcomes = _run(tasks, total=len(scan.line), num_shards=len(plan), workers=workers)
+        outcomes = _run(tasks, total=len(scan.line), workers=min(workers, len(plan)))
         changed = _finish(out, scan, plan, options)
     index = Corpus(out).index
     splits = index["splits"].values()
@@ -229,67 +223,17 @@ def _make_tasks(
         )
 
 
-def _run(tasks: Iterator[ShardTask], *, total: int, num_shards: int, workers: int) -> list[ShardOutcome]:
-    """Runs every task in worker processes and returns the outcomes in order; stops at the first error in that order."""
-    outcomes: list[ShardOutcome] = []
-    waiting: deque[Future[ShardOutcome]] = deque()
-    workers = min(workers, num_shards)
-    with start_workers(workers) as pool, _Progress(total) as progress:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(build_shard, task))
-                # A bounded queue: the tasks of a large manifest are not all made at once.
-                if len(waiting) >= 4 * workers:
-                    outcomes.append(_take(waiting.popleft(), progress))
-            while waiting:
-                outcomes.append(_take(waiting.popleft(), progress))
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory?); finished shards are kept: run again with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return outcomes
+def _run(tasks: Iterator[ShardTask], *, total: int, workers: int) -> list[ShardOutcome]:
+    """The outcomes in order; stops at the first error in that order."""
+    with Progress("prepare", total) as progress:
 
+        def take(outcome: ShardOutcome) -> None:
+            if outcome.error is not None:
+                raise UserError(f"{outcome.error} (--strict: stopped; what was finished is kept)")
+            seconds = outcome.speech_seconds if outcome.built else 0.0
+            progress.add(outcome.num_utterances, seconds, outcome.num_refused)
 
-def _take(future: Future[ShardOutcome], progress: "_Progress") -> ShardOutcome:
-    outcome = future.result()
-    if outcome.error is not None:
-        raise UserError(f"{outcome.error} (--strict: stopped; what was finished is kept)")
-    progress.add(outcome)
-    return outcome
-
-
-class _Progress:
-    """A bar on a terminal, else a line now and then: utterances, refusals and speed against real time."""
-
-    def __init__(self, total: int) -> None:
-        self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc="prepare", unit="utt", disable=not sys.stderr.isatty())
-        self._total = total
-        self._done = self._refused = 0
-        self._seconds = 0.0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, outcome: ShardOutcome) -> None:
-        """Counts one shard."""
-        now = time.monotonic()
-        self._done += outcome.num_utterances
-        self._refused += outcome.num_refused
-        self._seconds += outcome.speech_seconds if outcome.built else 0.0
-        speed = f"{self._seconds / max(now - self._start, 1e-9):.0f}x realtime"
-        self._bar.set_postfix_str(f"{speed}, {self._refused} refused", refresh=False)
-        self._bar.update(outcome.num_utterances)
-        if self._bar.disable and now - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = now
-            line = f"prepare: {self._done} of {self._total} utterances, {self._refused} refused, {speed}"
-            print(line, file=sys.stderr, flush=True)
+        return run_in_order(build_shard, tasks, workers, take)
 
 
 def _finish(out: pathlib.Path, scan: ManifestScan, plan: Plan, options: PrepareOptions) -> bool:

@@ -1,8 +1,7 @@
 """The flow-matching stage: prepared audio and its speech tokens → mel on the device → velocity of chunk-aware flow."""
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 
 from cv2jax.audio.mel import MEL_BINS
 from cv2jax.config import TrainConfig, UserError
-from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.models.flow_matching.cfm import masked_mean
 from cv2jax.models.flow_matching.config import DRAWN_PROMPT, FRAMES_PER_TOKEN, FlowMatchingConfig
@@ -22,6 +20,7 @@ from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_para
 from cv2jax.nn.masks import ChunkMask, length_mask
 from cv2jax.nn.splash import TILE
 from cv2jax.parallel.sharding import computation_dtype, platform
+from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.tasks.heard_flow import HeardFlow
 from cv2jax.tasks.trained import load_params
 from cv2jax.train.optimizer import make_optimizer
@@ -36,11 +35,12 @@ def make_task(config: TrainConfig) -> "FlowMatchingTask":
     return FlowMatchingTask(config, CorpusBatches(config, require_text=False, speech_tokens=True))
 
 
-class FlowMatchingTask:
+class FlowMatchingTask(AudioTask):
     """Trains and evaluates a `FlowMatching`; each speaker of the corpus has a stand-in embedding made from its name."""
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
-        self._config, self._data = config, data
+        super().__init__(data)
+        self._config = config
         self.model_config = _fit(config, data)
         speakers = data.corpus.speakers
         self._speaker_numbers = np.array([speaker_number(name) for name in speakers], np.uint32)
@@ -78,10 +78,6 @@ class FlowMatchingTask:
         params, _ = load_params(self._config.init_from, self.init_params, mesh, ema=True)
         return restart(state, params, self._optimizer)
 
-    def keep(self, workdir: pathlib.Path) -> None:
-        """Nothing: `run.json` and the checkpoint are all that synthesis needs."""
-        del workdir
-
     def prepare(self, batch: dict[str, jax.Array], multiple: int = 1) -> dict[str, jax.Array]:
         """What the model reads, made on the device: `speech_tokens`, `num_tokens`, `mel`, `speaker_embedding`.
 
@@ -117,22 +113,6 @@ class FlowMatchingTask:
             return value, (metrics, model_state)
 
         return make_train_step(loss, self._optimizer)
-
-    def batch_specs(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """One a bucket of the plan."""
-        return self._data.training_shapes()
-
-    def batch_sizes(self) -> set[int]:
-        """Of training and evaluation."""
-        return self._data.sizes()
-
-    def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
-        """This process's rows of each step's batch."""
-        return self._data.training(start_step, num_steps, mesh)
-
-    def utterance_ids(self, step: int) -> list[str]:
-        """Manifest ids of a step's rows."""
-        return self._data.utterance_ids(step)
 
     def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
         """As `HeardFlow.make_evaluate`."""

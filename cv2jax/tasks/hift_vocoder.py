@@ -1,8 +1,7 @@
 """The vocoder stage: prepared audio and its F0 → windows on the device → a GAN step → held-out copy synthesis."""
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 
 from cv2jax.audio.mel import FLOW_MEL, MEL_HOP, mel_spectrogram
 from cv2jax.config import TrainConfig, UserError, differences
-from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.copies import CopyScore
 from cv2jax.models.hift_vocoder.config import HiftTrainingConfig
@@ -29,6 +27,7 @@ from cv2jax.models.hift_vocoder.stream import require_mel
 from cv2jax.models.hift_vocoder.windows import cut_windows
 from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.parallel.sharding import computation_dtype
+from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.tasks.trained import load_vocoder
 from cv2jax.train.gan_step import (
     GENERATOR,
@@ -49,11 +48,12 @@ def make_task(config: TrainConfig) -> "HiftVocoderTask":
     return HiftVocoderTask(config, CorpusBatches(config, require_text=False, f0=True))
 
 
-class HiftVocoderTask:
+class HiftVocoderTask(AudioTask):
     """Trains a `HiftVocoder` against its `Discriminators`, and judges its copies of held-out speech."""
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
-        self._config, self._data = config, data
+        super().__init__(data)
+        self._config = config
         self.model_config: HiftTrainingConfig = _fit(config, data)
         dtype = self.model_config.generator.dtype
         self._vocoder = HiftVocoder(self.model_config.generator)
@@ -104,10 +104,6 @@ class HiftVocoderTask:
                 f"init_from={self._config.init_from}: is another vocoder ({'; '.join(lines)}); set the same sizes"
             )
         return restart(state, {GENERATOR: params}, gan_optimizer(*self._optimizers))
-
-    def keep(self, workdir: pathlib.Path) -> None:
-        """Nothing: `run.json` and the checkpoint are all that synthesis needs."""
-        del workdir
 
     def make_step(self) -> StepFunction:
         """Windows, the generator's spectral losses, and the contest."""
@@ -167,22 +163,6 @@ class HiftVocoderTask:
         adversarial, matching = adversarial_loss(made), feature_matching_loss(recorded_maps, made_maps)
         value = adversarial + c.feature_weight * matching + c.tpr_weight * tpr_loss(made, recorded)
         return value, {"adversarial_loss": adversarial, "feature_loss": matching}
-
-    def batch_specs(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """One a bucket of the plan."""
-        return self._data.training_shapes()
-
-    def batch_sizes(self) -> set[int]:
-        """Of training and evaluation."""
-        return self._data.sizes()
-
-    def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
-        """This process's rows of each step's batch."""
-        return self._data.training(start_step, num_steps, mesh)
-
-    def utterance_ids(self, step: int) -> list[str]:
-        """Manifest ids of a step's rows."""
-        return self._data.utterance_ids(step)
 
     def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
         """Copies of whole held-out utterances, with predicted F0, and their distances."""

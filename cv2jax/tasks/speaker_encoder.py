@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 
 from cv2jax.audio.fbank import FBANK_BINS, FBANK_RATE_HZ
 from cv2jax.config import TrainConfig, UserError
-from cv2jax.data.batch import Batch
 from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.speaker import SpeakerScore
 from cv2jax.models.speaker_encoder.aam import aam_loss, margin_at
@@ -23,6 +21,7 @@ from cv2jax.models.speaker_encoder.features import speaker_features, training_fe
 from cv2jax.models.speaker_encoder.model import embed, embed_in_training, init_model_state, init_params
 from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.parallel.sharding import computation_dtype
+from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, init_train_state
 from cv2jax.train.step import CompiledByShape, StepFunction, lower_evaluation, make_train_step
@@ -36,11 +35,12 @@ def make_task(config: TrainConfig) -> "SpeakerEncoderTask":
     return SpeakerEncoderTask(config, CorpusBatches(config, require_text=False, speaker=True))
 
 
-class SpeakerEncoderTask:
+class SpeakerEncoderTask(AudioTask):
     """Trains a `CamPlus` to tell the speakers of the training split apart, and judges it by pairs of held-out utterances."""
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
-        self._config, self._data = config, data
+        super().__init__(data)
+        self._config = config
         self.model_config = _fit(config)
         self._names = data.corpus.speakers
         self._class_of = _number_speakers(self._names, data)
@@ -75,10 +75,6 @@ class SpeakerEncoderTask:
         """The state as it is: `config.init_from` is refused."""
         return state
 
-    def keep(self, workdir: pathlib.Path) -> None:
-        """Nothing: `run.json` and the checkpoint are all that embedding needs."""
-        del workdir
-
     def make_step(self) -> StepFunction:
         """A crop of each row, disturbed, and the AAM-softmax of its speaker; silent rows teach nothing."""
         c, rate_hz, class_of = self.model_config, self._data.rate_hz, self._class_of
@@ -101,22 +97,6 @@ class SpeakerEncoderTask:
             return mean(row_loss), (metrics, new_state)
 
         return make_train_step(loss, self._optimizer)
-
-    def batch_specs(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """One a bucket of the plan."""
-        return self._data.training_shapes()
-
-    def batch_sizes(self) -> set[int]:
-        """Of training and evaluation."""
-        return self._data.sizes()
-
-    def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
-        """This process's rows of each step's batch."""
-        return self._data.training(start_step, num_steps, mesh)
-
-    def utterance_ids(self, step: int) -> list[str]:
-        """Manifest ids of a step's rows."""
-        return self._data.utterance_ids(step)
 
     def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
         """The equal-error rate over pairs of held-out utterances, each embedded whole."""

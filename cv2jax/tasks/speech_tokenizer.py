@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -25,6 +23,7 @@ from cv2jax.models.speech_tokenizer.loss import tokenizer_loss
 from cv2jax.models.speech_tokenizer.model import SpeechTokenizer, SpeechTokenizerOutput, init_model_state, init_params
 from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.parallel.sharding import computation_dtype
+from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.tasks.trained import load_params
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.train.optimizer import make_optimizer
@@ -40,7 +39,7 @@ def make_task(config: TrainConfig) -> "SpeechTokenizerTask":
     return SpeechTokenizerTask(config, CorpusBatches(config, require_text=True))
 
 
-class SpeechTokenizerTask:
+class SpeechTokenizerTask(AudioTask):
     """Trains and evaluates a `SpeechTokenizer`; the vocabulary and the longest transcript come from the corpus."""
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
@@ -53,8 +52,9 @@ class SpeechTokenizerTask:
             raise UserError(
                 f"init_from={config.init_from}: a vq codebook cannot be taken over; train from scratch, or fsq"
             )
-        self._data = data
+        super().__init__(data)
         self.vocabulary = CharacterVocabulary.from_counts(data.train.characters)
+        self._encode_text = self.vocabulary.encode
         unknown = set(data.held_out.characters) - set(self.vocabulary.characters)
         if unknown:
             logging.warning("characters of split %s that training never shows: %s", data.held_out.name, sorted(unknown))
@@ -92,10 +92,6 @@ class SpeechTokenizerTask:
         params, _ = load_params(self._init_from, functools.partial(init_params, self.model_config), mesh)
         return restart(state, params, self._optimizer)
 
-    def keep(self, workdir: pathlib.Path) -> None:
-        """Nothing: `run.json` and the checkpoint are all that encoding needs."""
-        del workdir
-
     def make_step(self) -> StepFunction:
         """Augment, teacher-force, cross-entropy and what else the config weighs."""
         model, c, rate_hz = SpeechTokenizer(self.model_config), self.model_config, self._data.rate_hz
@@ -125,22 +121,6 @@ class SpeechTokenizerTask:
             return value, ({**metrics, "row_finite": row_finite}, output.model_state)
 
         return make_train_step(loss, self._optimizer)
-
-    def batch_specs(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """One a bucket of the plan."""
-        return self._data.training_shapes()
-
-    def batch_sizes(self) -> set[int]:
-        """Of training and evaluation."""
-        return self._data.sizes()
-
-    def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-        """This process's rows of each step's batch."""
-        return self._data.training(start_step, num_steps, mesh, self.vocabulary.encode)
-
-    def utterance_ids(self, step: int) -> list[str]:
-        """Manifest ids of a step's rows."""
-        return self._data.utterance_ids(step)
 
     def make_evaluate(self, mesh: Mesh, abstract: TrainState) -> Callable[[TrainState], dict[str, Any]]:
         """Greedy transcription of the held-out utterances and use of the codebook."""

@@ -15,16 +15,12 @@ from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
 from cv2jax.models.flow_matching.stream import FlowStreams
 from cv2jax.models.flow_matching.voice import Voice
 from cv2jax.nn.masks import ChunkMask
-from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
-from cv2jax.parallel.sharding import abstract_state
 from cv2jax.tasks import flow_matching, make_task
 from cv2jax.tasks.trained import load_flow
 from cv2jax.train.loop import train
-from cv2jax.train.state import make_state
-from cv2jax.train.step import compile_steps
 from tests.models.golden_flow import random_params, small_config
-from tests.run_record import Killed, record, stopping_at
+from tests.run_record import Killed, losses, record, stopping_at
 from tests.small_flow_run import NUM_CODES, SMALL_FLOW, make_small_flow_corpus, tokens_of
 
 SMALL = (*SMALL_FLOW, "num_steps=6", "log_every=1", "evaluate_every=3", "save_every=3")
@@ -40,24 +36,11 @@ def config_of(corpus, *sets):
     return override(load_config("flow_matching_tiny"), [*given, *SMALL, *sets])
 
 
-def first_steps(config, mesh_config, num_devices, num_steps=2):
-    mesh, task = make_mesh(mesh_config, jax.devices()[:num_devices]), make_task(config)
-    abstract, shardings = abstract_state(task.init_state, mesh)
-    state = make_state(task.init_state, shardings, jax.random.key(0))
-    steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
-    got = []
-    for _, size, local in task.batches(0, num_steps, mesh):
-        batch = global_batch(mesh, local, size)
-        state, metrics = steps.for_batch(batch)(state, batch, jax.random.key(1))
-        got.append((float(metrics["loss"]), int(metrics["batch_hash"])))
-    return got
-
-
 @pytest.mark.full  # tests/multihost sees the same with every change
 def test_the_loss_is_the_same_on_every_mesh(corpus):
     config = config_of(corpus, "data.num_buckets=1")
-    want = first_steps(config, MeshConfig(), 1)
-    got = first_steps(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    want = losses(config, MeshConfig(), 1)
+    got = losses(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
     assert [h for _, h in got] == [h for _, h in want]
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-4)
 
@@ -65,17 +48,17 @@ def test_the_loss_is_the_same_on_every_mesh(corpus):
 @pytest.mark.full
 def test_remat_changes_nothing(corpus):
     config = config_of(corpus, "data.num_buckets=1", "model.encoder.dropout=0.0")
-    want = first_steps(config, MeshConfig(), 1)
-    got = first_steps(override(config, ["model.remat=full"]), MeshConfig(), 1)
+    want = losses(config, MeshConfig(), 1)
+    got = losses(override(config, ["model.remat=full"]), MeshConfig(), 1)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5)
 
 
 @pytest.mark.full
 def test_rows_fit_the_kernel_and_its_loss_is_that_of_the_plain_path(corpus, monkeypatch):
     config = config_of(corpus, "data.num_buckets=1", "model.attention=splash", "model.encoder.dropout=0.0")
-    got = first_steps(config, MeshConfig(), 1)
+    got = losses(config, MeshConfig(), 1)
     monkeypatch.setattr(flow_matching, "FlowMatching", lambda config, impl="xla": FlowMatching(config))
-    want = first_steps(config, MeshConfig(), 1)
+    want = losses(config, MeshConfig(), 1)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5)
 
 

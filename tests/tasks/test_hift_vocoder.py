@@ -9,6 +9,7 @@ import pytest
 from cv2jax.audio.mel import FLOW_MEL, mel_spectrogram
 from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.data.shards import Corpus
+from cv2jax.jobs.f0 import compute_f0
 from cv2jax.jobs.report import write_report
 from cv2jax.models.hift_vocoder.stream import HiftStreams, synthesise
 from cv2jax.parallel.distributed import global_batch
@@ -20,7 +21,7 @@ from cv2jax.train.gan_step import DISCRIMINATORS, GENERATOR
 from cv2jax.train.loop import train
 from cv2jax.train.state import make_state
 from cv2jax.train.step import compile_steps
-from tests.run_record import Killed, record, stopping_at
+from tests.run_record import Killed, first_steps, record, stopping_at
 from tests.small_corpus import make_small_corpus
 from tests.small_vocoder_run import SMALL_VOCODER, make_small_vocoder_corpus
 
@@ -36,25 +37,17 @@ def config_of(corpus, *sets):
     return override(load_config("hift_vocoder_tiny"), [f"data.corpus={corpus}", *SMALL, *sets])
 
 
-def first_steps(config, mesh_config, num_devices, num_steps=2):
-    mesh, task = make_mesh(mesh_config, jax.devices()[:num_devices]), make_task(config)
-    abstract, shardings = abstract_state(task.init_state, mesh)
-    state = make_state(task.init_state, shardings, jax.random.key(0))
-    steps = compile_steps(task.make_step(), abstract, shardings, task.batch_specs(), mesh)
-    got = []
-    for _, size, local in task.batches(0, num_steps, mesh):
-        batch = global_batch(mesh, local, size)
-        state, metrics = steps.for_batch(batch)(state, batch, jax.random.key(1))
-        names = ("loss", "discriminator_loss", "grad_norm", "discriminator_grad_norm", "batch_hash")
-        got.append([float(metrics[name]) for name in names])
-    return np.array(got)
+def losses_of_both(*arguments):
+    """Of each step: losses and gradients of generator and discriminators, and the batch's hash."""
+    names = ("loss", "discriminator_loss", "grad_norm", "discriminator_grad_norm", "batch_hash")
+    return np.array([[float(metrics[name]) for name in names] for metrics in first_steps(*arguments)[0]])
 
 
 @pytest.mark.full
 def test_losses_and_gradients_are_the_same_on_every_mesh(corpus):
     config = config_of(corpus, "model.adversarial_from=0")
-    want = first_steps(config, MeshConfig(), 1)
-    got = first_steps(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    want = losses_of_both(config, MeshConfig(), 1)
+    got = losses_of_both(config, MeshConfig(data=2, fsdp=2, tensor=2), 8)
     np.testing.assert_array_equal(got[:, -1], want[:, -1])
     np.testing.assert_allclose(got[:, :-1], want[:, :-1], rtol=1e-3)
 
@@ -106,6 +99,22 @@ def test_it_learns_resumes_reports_and_speaks(corpus, tmp_path):
     (whole / "run.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"mel_fmax_hz 12000 \(the vocoder's: 8000\)"):
         load_vocoder(whole, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.mark.full
+def test_both_networks_overfit_four_utterances(tmp_path):
+    """Spectral steps bring the mel down by more than half, and the contest does not lose it again."""
+    make_small_corpus(tmp_path / "four", 4, 4, rate_hz=24000)
+    compute_f0(tmp_path / "four", method="dio", workers=1)
+    sets = ("num_steps=240", "model.adversarial_from=160", "log_every=20", "evaluate_every=240", "save_every=240")
+    config = config_of(tmp_path / "four", *sets, "data.batch_seconds=4", "optimizer.warmup_steps=10")
+    assert train(make_task(config), config, tmp_path / "run") == 0
+    lines = [line for line in record(tmp_path / "run") if line["kind"] == "train"]
+    mel, f0 = ([line[name] for line in lines] for name in ("mel_l1", "f0_l1_hz"))
+    assert min(mel[:8]) < mel[0] / 2
+    assert mel[-1] < 1.2 * min(mel)
+    assert f0[-1] < f0[0] / 2
+    assert all(0 < line["discriminator_loss"] < 4 for line in lines[8:])
 
 
 def test_a_window_that_is_not_finite_skips_both_networks(corpus):

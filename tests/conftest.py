@@ -23,11 +23,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# Where a program comes from is not asked for: its trace is shorter.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 import jax
 import pytest
 from absl import flags
 
 MAX_MAPS = 20_000
+# Tracing makes millions of objects that stay; looking through them for cycles took a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -44,6 +44,7 @@ def test_what_cannot_be_compared_is_refused(corpus, tmp_path):  # noqa: F811
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_hop_of_one_chunk_takes_some_time():
     config = override(load_config("flow_matching_tiny"), list(SMALL))
     times = time_mask(config.model, ChunkMask(chunk=50, left=10, prompt=3))

@@ -72,6 +72,7 @@ def test_train_reports_steps() -> None:
     assert [m["unit"] for m in report["measurements"]] == ["steps/s", "utterances/s", "x realtime"]
 
 
+@pytest.mark.full
 def test_the_language_model_is_measured_alone(tmp_path: pathlib.Path) -> None:
     report = bench("lm-train", BenchOptions(size="tiny", repeats=2, against=""))
     check(report, {"lm-train"}, 2)

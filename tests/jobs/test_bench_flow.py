@@ -34,6 +34,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> bench_flow.Workload:
     return small
 
 
+@pytest.mark.full
 def test_a_part_runs_in_a_process_of_its_own() -> None:
     report = bench("flow-train", BenchOptions(size="tiny", repeats=1, seconds=2.0))
     check(report, {"flow-train"}, 1)
@@ -41,6 +42,7 @@ def test_a_part_runs_in_a_process_of_its_own() -> None:
     assert tuple(bench_flow.PARTS) == FLOW_BENCHES
 
 
+@pytest.mark.full
 def test_training_is_measured() -> None:
     (case, unit, speeds), (of_what, _, share), (_, _, seconds), (_, _, memory) = bench_flow.measure_flow_train(ALONE)
     assert unit == "frames/s"
@@ -70,6 +72,7 @@ def test_layers_are_unrolled_where_they_are_not_yet(work: bench_flow.Workload) -
     np.testing.assert_allclose(*mels, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_gpu_solves_batches_in_two_types(work: bench_flow.Workload) -> None:
     work = dataclasses.replace(work, batch_sizes=(1, 3), dtypes=("float32", "bfloat16"))
     figures = bench_flow._whole_solve(work, ALONE)
@@ -94,6 +97,7 @@ class Slower:
         return np.asarray(self.work.model.apply(*inputs, method="velocity")[0]) + np.float32(self.error)
 
 
+@pytest.mark.full
 def test_sides_race_and_must_agree(work: bench_flow.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Slower(work)
     monkeypatch.setattr(bench_flow, "_pytorch", lambda work: other)
@@ -108,6 +112,7 @@ def test_sides_race_and_must_agree(work: bench_flow.Workload, monkeypatch: pytes
         bench_flow.measure_flow_offline(options)
 
 
+@pytest.mark.full
 def test_hops_are_measured_by_history_and_against_solving_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = bench_flow.measure_flow_stream(ALONE)
     assert [unit for _, unit, _ in figures] == ["ms", "ms", "x"] * 5
@@ -129,7 +134,14 @@ def test_hops_are_measured_by_history_and_against_solving_anew(monkeypatch: pyte
         bench_flow.measure_flow_stream(ALONE)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_slots", "num_pinned"), [(150, 150, 0), (175, 80, 0), (200, 125, 75)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_slots", "num_pinned"),
+    [
+        pytest.param(150, 150, 0, marks=pytest.mark.full),
+        pytest.param(175, 80, 0, marks=pytest.mark.full),
+        (200, 125, 75),
+    ],
+)
 def test_a_filled_state_has_the_places_of_a_stream(num_tokens: int, num_slots: int, num_pinned: int) -> None:
     state = bench_flow.filled_state(small_config(), num_tokens, num_slots, num_pinned)
     assert int(state.num_tokens[0]) == num_tokens

@@ -52,6 +52,7 @@ def test_the_prior_loss_is_the_distance_of_tokens_and_speaker_from_the_mel(kind)
     np.testing.assert_array_equal(error, same_error)
 
 
+@pytest.mark.full
 def test_the_temperature_scales_the_noise_where_the_solver_starts():
     batch = make_batch([5]) | {"prompt_mel": jnp.zeros((1, 10, 8))}
     noise, mask = jax.random.normal(jax.random.key(0), (1, 10, 8)), MaskSpec(kind="chunk", rows=(ChunkMask(chunk=3),))

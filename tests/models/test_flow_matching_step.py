@@ -147,6 +147,7 @@ def test_bounded_left_context_needs_no_more_room_than_it_says():
     assert np.abs(short - mel).max() > 1e-3
 
 
+@pytest.mark.full
 def test_room_can_grow_on_the_way():
     u = Utterances.draw(7)
     u.left[:], u.num_tokens[:] = NO_LEFT, 24
@@ -187,7 +188,7 @@ def test_a_row_that_is_not_finite_stays_alone():
     np.testing.assert_array_equal(state.cache.keys[:, [1, 2, 3, 5, 6, 7]], wanted.cache.keys[:, [1, 2, 3, 5, 6, 7]])
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.full), False])
 def test_caches_are_written_in_place(scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     u = Utterances.draw(5, num_rows=1)

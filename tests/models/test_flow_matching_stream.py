@@ -88,6 +88,7 @@ def test_a_causal_stream_ends_a_hop_anywhere(mask):
     np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_bounded_stream_needs_no_more_room_than_prompt_and_left_context(monkeypatch):
     monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 1)
     voice, tokens, key = make_voice(13), make_tokens(64), jax.random.key(4)
@@ -98,6 +99,7 @@ def test_a_bounded_stream_needs_no_more_room_than_prompt_and_left_context(monkey
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_stream_in_bfloat16_is_near_the_whole_request():
     config = small_config(dtype="bfloat16")
     voice, tokens, key = make_voice(7), make_tokens(24), jax.random.key(2)
@@ -110,6 +112,7 @@ def test_a_stream_in_bfloat16_is_near_the_whole_request():
     assert np.abs(got - want).mean() <= 1.5 * np.abs(exact - want).mean()
 
 
+@pytest.mark.full
 def test_the_official_chunk_with_a_prompt_of_87_tokens():
     voice, tokens, mask, key = make_voice(87), make_tokens(70), ChunkMask(chunk=25), jax.random.key(3)
     assert FlowStreams(CONFIG, PARAMS, mask).hop_sizes == (25, 50, 100)
@@ -124,6 +127,7 @@ def test_the_official_chunk_with_a_prompt_of_87_tokens():
     np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
     monkeypatch.setattr(stream_module, "_ROOM", 40)
     voice, tokens, key = make_voice(7), make_tokens(64), jax.random.key(0)
@@ -191,6 +195,7 @@ def test_what_a_voice_cannot_be():
             check_tokens(tokens, CONFIG, "r")
 
 
+@pytest.mark.full
 def test_a_warm_stream_compiles_nothing(monkeypatch):
     monkeypatch.setattr(stream_module, "_ROOM", 25)
     voice, tokens = make_voice(7), make_tokens(64)
@@ -213,7 +218,7 @@ def test_a_warm_stream_compiles_nothing(monkeypatch):
     assert counts() == longer
 
 
-@pytest.mark.parametrize("mask", [FULL, BOUNDED], ids=["full", "bounded"])
+@pytest.mark.parametrize("mask", [pytest.param(FULL, marks=pytest.mark.full), BOUNDED], ids=["full", "bounded"])
 def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
     monkeypatch.setattr(stream_module, "_ROOM", 25)
     monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 10)

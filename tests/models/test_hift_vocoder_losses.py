@@ -9,7 +9,7 @@ from cv2jax.models.hift_vocoder.losses import (
     adversarial_loss,
     discriminator_loss,
     feature_matching_loss,
-    lower_median,
+    lower_medians,
     tpr_loss,
 )
 from tests.models.golden_discriminators import GOLDENS
@@ -66,11 +66,28 @@ def test_the_relative_loss_of_equal_scores_is_nothing():
     assert gradient[0].tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize(("values", "median"), [([3.0, 1.0, 2.0, 4.0], 2.0), ([5.0, 1.0, 3.0], 3.0), ([7.0], 7.0)])
-def test_the_lower_median_is_torchs_and_moves_one_element(values, median):
-    value, gradient = jax.value_and_grad(lower_median)(jnp.asarray(values))
+@pytest.mark.parametrize(
+    ("values", "median"),
+    [
+        ([3.0, 1.0, 2.0, 4.0], 2.0),
+        ([5.0, 1.0, 3.0], 3.0),
+        ([7.0], 7.0),
+        ([-3.0, -1e-30, -2.0, 1e-40, 5.0, -1e9], -2.0),
+        ([0.5, 2.0, 0.5, 0.5], 0.5),
+    ],
+)
+def test_the_lower_median_is_torchs_and_one_element_moves_it(values, median):
+    x, beside = jnp.asarray(values), jnp.asarray([1.0, 9.0])
+    value, gradient = jax.value_and_grad(lambda x: lower_medians([beside, x, beside])[1])(x)
     assert value == median
-    assert gradient.tolist() == [float(v == median) for v in values]
+    np.testing.assert_allclose(gradient, (x == median) / jnp.sum(x == median))
+    np.testing.assert_array_equal(lower_medians([x, beside])[1], 1.0)
+
+
+@pytest.mark.parametrize("size", [999, 1000])
+def test_the_lower_median_of_many_is_the_sorted_ones(size):
+    x = np.random.default_rng(size).standard_normal((size // 10, 10)).astype(np.float32) * 1e-3
+    assert jax.jit(lower_medians)([x])[0] == np.sort(x.ravel())[(x.size - 1) // 2]
 
 
 def test_the_least_squares_know_their_targets():

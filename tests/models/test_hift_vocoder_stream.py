@@ -130,6 +130,7 @@ def test_the_official_model_holds_back_395_ms():
     assert hold_back(HiftVocoderConfig(f0_look_ahead=0)) == 7080
 
 
+@pytest.mark.full
 def test_the_official_kernels_look_ahead_as_far():
     """Of the official model with few channels: 9,480 samples in all, 6,300 along the mel's own path."""
     config = HiftVocoderConfig(width=8, f0_width=4, num_mels=5)

@@ -52,16 +52,25 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(corpus):
     np.testing.assert_allclose(got[:, :-1], want[:, :-1], rtol=1e-3)
 
 
-def test_it_learns_resumes_reports_and_speaks(corpus, tmp_path):
-    """One training, cut in the adversarial phase, does what the whole one does; what it saved is a vocoder."""
-    sets = ("model.adversarial_from=3", "optimizer.ema_decay=0.5", "evaluate_every=6")
-    config = config_of(corpus, *sets)
+LEARNS = ("model.adversarial_from=3", "optimizer.ema_decay=0.5", "evaluate_every=6")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [2, 3, 4])  # before, at and after the first step of the contest
+def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, at):
+    config = config_of(corpus, *LEARNS, "save_every=1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(make_task(config), config, whole) == 0
     with pytest.raises(Killed):
-        train(stopping_at(make_task(config), 4), config, broken)
+        train(stopping_at(make_task(config), at), config, broken)
     assert train(make_task(config), config, broken) == 0
     assert record(broken) == record(whole)
+
+
+def test_it_learns_reports_and_speaks(corpus, tmp_path):
+    """What a training saved is a vocoder."""
+    config, whole = config_of(corpus, *LEARNS), tmp_path / "whole"
+    assert train(make_task(config), config, whole) == 0
     lines = record(whole)
     steps, [last] = ([line for line in lines if line["kind"] == kind] for kind in ("train", "evaluate"))
     assert [line["discriminator_loss"] > 0 for line in steps] == [False] * 3 + [True] * 3

@@ -43,6 +43,7 @@ def test_loss_and_statistics_are_the_same_on_every_mesh(corpus):
         np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_bit_for_bit_with_its_statistics(corpus, tmp_path):
     config = config_of(corpus)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -53,12 +53,13 @@ def on_one_device(corpus, tmp_path_factory):
     return losses(corpus, tmp_path_factory.mktemp("one"), MeshConfig(), 1)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("data", "fsdp", "tensor"),
     [
-        pytest.param(4, 1, 1, marks=pytest.mark.full),
-        pytest.param(1, 4, 1, marks=pytest.mark.full),
-        pytest.param(2, 2, 1, marks=pytest.mark.full),
+        (4, 1, 1),
+        (1, 4, 1),
+        (2, 2, 1),
         (1, 2, 2),
     ],
     ids=str,
@@ -103,6 +104,7 @@ def test_a_run_evaluates_what_it_hears(unbroken):
     assert all(np.isfinite(x["loss"]) for x in record(unbroken) if x["kind"] == "train")
 
 
+@pytest.mark.full
 def test_the_real_model_resumes_bit_for_bit_and_compiles_nothing_after_the_first_step(corpus, unbroken, tmp_path):
     compiled, seen = [], []
     listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
@@ -132,12 +134,13 @@ def test_another_seed_is_another_run(corpus, unbroken):
         train(make_task(config), config, unbroken)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "sets",
     [
         ("model.quantizer=vq", "model.codebook_size=64", "model.scan_layers=True"),
-        pytest.param(("model.quantizer=none",), marks=pytest.mark.full),
-        pytest.param(("model.pitch_weight=0.3", "model.ctc_weight=0"), marks=pytest.mark.full),
+        ("model.quantizer=none",),
+        ("model.pitch_weight=0.3", "model.ctc_weight=0"),
     ],
 )
 def test_the_options_train(corpus, tmp_path, sets):
@@ -188,6 +191,7 @@ def test_an_unknown_task_and_an_unknown_split_are_named(corpus, tmp_path):
         make_task(override(config, ["data.eval_split=dev"]))
 
 
+@pytest.mark.full
 def test_text_that_training_never_shows_is_an_error_of_the_model_and_not_of_the_run(tmp_path):
     rows = list(make_rows("ab"))
     strange = dataclasses.replace(rows[0], id="x", text="9")

@@ -68,7 +68,10 @@ def on_one_device(corpus):
     return first_steps(small_config(corpus), MeshConfig(), 1)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(4, 1, 1), (1, 4, 1), (1, 2, 2)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"),
+    [pytest.param(4, 1, 1, marks=pytest.mark.full), pytest.param(1, 4, 1, marks=pytest.mark.full), (1, 2, 2)],
+)
 def test_the_loss_is_the_same_on_every_mesh(corpus, on_one_device, data, fsdp, tensor):
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     got, _, _ = first_steps(small_config(corpus), mesh, data * fsdp * tensor)
@@ -131,6 +134,7 @@ def test_a_run_evaluates_what_it_predicts_and_what_it_says(unbroken):
     assert "cer" not in last  # without the speech tokenizer nobody reads
 
 
+@pytest.mark.full
 def test_what_is_said_is_heard_on_a_mesh_of_many_devices(tmp_path):
     config = small(fsq_dim=3, vocabulary_size=31)
     params, model_state = make_variables(config, seed=4)
@@ -154,7 +158,8 @@ def test_what_is_said_is_heard_on_a_mesh_of_many_devices(tmp_path):
 ADAPTED = ("optimizer.ema_decay=0.9", "lora.rank=2", "lora.also_trained=('head_kernel',)")
 
 
-@pytest.mark.parametrize("sets", [(), pytest.param(ADAPTED, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("sets", [(), ADAPTED])
 def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     config = small_config(corpus, *sets)
     whole, broken = tmp_path / "whole" if sets else unbroken, tmp_path / "broken"

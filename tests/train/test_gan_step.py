@@ -232,6 +232,7 @@ def vocoder_parts():
     return {"discriminator_loss": losing, "adversarial_loss": winning}
 
 
+@pytest.mark.full
 def test_the_vocoders_own_discriminators_play_on_a_mesh_as_on_one_device():
     def init(key):
         judges = Discriminators(TINY).init(key, jnp.zeros((1, toy_gan.SAMPLES)))["params"]

@@ -31,6 +31,7 @@ def get_config() -> TrainConfig:
                 num_harmonics=31,
                 f0_width=128,
                 mel_origin=-6.0,
+                upsampling_unit=16.0,
             ),
             discriminators=DiscriminatorConfig(
                 periods=(2, 3, 5),

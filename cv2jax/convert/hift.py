@@ -24,7 +24,7 @@ def hift_rules(config: HiftVocoderConfig, prefix: str = "") -> tuple[Rule, ...]:
         *_affine(f"{prefix}m_source.l_linear", "source", _LINEAR),
         *_affine(f"{prefix}conv_pre", "generator/conv_in", _CONV, MEL_UNIT),
         *_affine(f"{prefix}conv_post", "generator/conv_out", _CONV),
-        *_affine(f"{prefix}ups.{{stage}}", "generator/upsample[{stage}]", _UPSAMPLING),
+        *_affine(f"{prefix}ups.{{stage}}", "generator/upsample[{stage}]", _UPSAMPLING, config.upsampling_unit),
         *_affine(f"{prefix}source_downs.{{stage}}", "generator/source_down[{stage}]", _CONV),
         *_block_rules(f"{prefix}source_resblocks.{{stage}}", "generator/source_block[{stage}]"),
         *_affine(f"{prefix}f0_predictor.classifier", "f0_predictor/out", _LINEAR, 1 / F0_UNIT_HZ, 1 / F0_UNIT_HZ),

@@ -79,18 +79,20 @@ class SignalUpsampling(nn.Module):
 
     Attributes:
       shape: (kernel size, input channels, output channels); size - stride is even and cut off in halves.
-      dtype: computation dtype.
+      unit: the parameter is the kernel times this. dtype: computation dtype.
     """
 
     shape: tuple[int, int, int]
     stride: int
+    unit: float = 1.0
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, extent: Extent, signal: Signal) -> Signal:
         """Upsamples; what lies outside the utterance is zero before and after."""
         size, num_in, num_out = self.shape
-        kernel = self.param("kernel", partitioned(interpolating_init(self.stride), AXES), self.shape)
+        init = partitioned(interpolating_init(self.stride, self.unit), AXES)
+        kernel = self.param("kernel", init, self.shape) / self.unit
         bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), (num_out,))
         num_taps = -(-size // self.stride)
         padded = jnp.pad(kernel.astype(self.dtype), ((0, num_taps * self.stride - size), (0, 0), (0, 0)))
@@ -108,8 +110,8 @@ class SignalUpsampling(nn.Module):
         return extent.mask(y.holding(y.values + bias.astype(self.dtype)))
 
 
-def interpolating_init(stride: int) -> nn.initializers.Initializer:
-    """One random matrix of variance 1 / fan-in for an upsampling kernel [k, in, out], spread over its taps as interpolation.
+def interpolating_init(stride: int, scale: float = 1.0) -> nn.initializers.Initializer:
+    """`scale` times a random matrix of variance 1 / fan-in for a kernel [k, in, out], spread over its taps as interpolation.
 
     Independent taps would stamp a pattern on each input element, and what is to be periodic in the output would be learnt
     as that: a buzz at the rate of the input.
@@ -119,7 +121,7 @@ def interpolating_init(stride: int) -> nn.initializers.Initializer:
         size, num_in, num_out = shape
         taps = jnp.minimum(jnp.arange(size) + 1, size - jnp.arange(size)).astype(dtype)
         total = jnp.zeros(stride, dtype).at[jnp.arange(size) % stride].add(taps)
-        matrix = jax.random.normal(key, (num_in, num_out), dtype, out_sharding=out_sharding) * num_in**-0.5
+        matrix = jax.random.normal(key, (num_in, num_out), dtype, out_sharding=out_sharding) * (scale * num_in**-0.5)
         return (taps / total[jnp.arange(size) % stride])[:, None, None] * matrix
 
     return init

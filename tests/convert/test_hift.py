@@ -1,5 +1,7 @@
 """The official vocoder's state dict makes the whole trip, in every spelling that it has."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -90,6 +92,17 @@ def test_the_f0_predictor_counts_in_another_unit_bit_for_bit():
     theirs, out = official(), golden_params()["f0_predictor"]["out"]
     np.testing.assert_array_equal(F0_UNIT_HZ * out["kernel"], theirs["f0_predictor.classifier.weight"].T)
     np.testing.assert_array_equal(F0_UNIT_HZ * out["bias"], theirs["f0_predictor.classifier.bias"])
+
+
+def test_upsampling_may_count_in_another_unit_bit_for_bit():
+    params, config = golden_params(), dataclasses.replace(GOLDEN_CONFIG, upsampling_unit=16.0)
+    ours = load(official(), config=config)
+    for stage in range(3):
+        name = f"upsample_{stage}"
+        want = 16 * params["generator"][name]["kernel"]
+        np.testing.assert_array_equal(ours["generator"][name]["kernel"], want)
+    ours["generator"] |= {name: params["generator"][name] for name in params["generator"] if "upsample" in name}
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
 
 
 def test_the_old_spelling_loads_the_same():

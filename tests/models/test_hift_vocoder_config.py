@@ -57,6 +57,8 @@ def test_the_official_sizes_fit():
             {"upsample_rates": (4,), "upsample_kernels": (4,), "source_kernels": (3,), "mel_hop": 16},
             "mel_hop=16: must exceed istft_points=16",
         ),
+        ({"upsampling_unit": 3.0}, r"upsampling_unit=3\.0: must be a power of two"),
+        ({"upsampling_unit": 0.0}, r"upsampling_unit=0\.0: must be a power of two"),
         ({"f0_look_ahead": 6}, r"f0_look_ahead=6: must lie in 0 … 5"),
         ({"f0_look_ahead": -1}, r"f0_look_ahead=-1: must lie in 0 … 5"),
     ],

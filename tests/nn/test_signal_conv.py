@@ -165,8 +165,17 @@ def test_initial_kernels_and_biases():
     np.testing.assert_allclose(kernel[::2].sum(axis=0), kernel[1::2].sum(axis=0), atol=1e-6)
     np.testing.assert_allclose(kernel, kernel[::-1], atol=1e-6)
     assert not params["bias"].any()
+    np.testing.assert_array_equal(first(SignalUpsampling((10, 30, 40), 2, unit=4.0))["kernel"], 4 * kernel)
     raised = SignalConv((1, 30, 2), bias_init=lambda key, shape, dtype=jnp.float32: jnp.full(shape, 7.0, dtype))
     np.testing.assert_array_equal(first(raised)["bias"], [7, 7])
+
+
+def test_an_upsampling_in_another_unit_is_the_same():
+    signal = Signal(jnp.asarray(make_values(6, 2)), 1)
+    plain, scaled = (SignalUpsampling((8, 4, 3), 4, unit=unit) for unit in (1.0, 16.0))
+    params = params_of(plain)
+    got = scaled.apply({"params": params | {"kernel": 16 * params["kernel"]}}, Whole(), signal).values
+    np.testing.assert_array_equal(got, plain.apply({"params": params}, Whole(), signal).values)
 
 
 def test_a_half_precision_layer_says_half_precision():

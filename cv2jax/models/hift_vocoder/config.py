@@ -50,6 +50,10 @@ class HiftVocoderConfig:
     # from several times as slowly. Official weights count from 0; those of another origin are the same function with other
     # biases: official bias = bias - origin / MEL_UNIT · the sum of our kernel.
     mel_origin: float = 0.0
+    # The kernels of the upsampling are kept multiplied with this power of two, so that a step of Adam moves them by so much
+    # less. What they learn quickly is a pattern stamped on each mel frame, a buzz of 50 Hz in place of the voice's pitch; the
+    # pitch comes from the source, and that takes longer to learn.
+    upsampling_unit: float = 1.0
     dtype: str = "float32"
 
     @property
@@ -100,6 +104,8 @@ class HiftVocoderConfig:
                 f"model.generator.mel_hop={self.mel_hop}: must exceed istft_points={self.istft_points}: its"
                 " ends are mirrored within one frame"
             )
+        if math.frexp(self.upsampling_unit)[0] != 0.5:
+            raise UserError(f"model.generator.upsampling_unit={self.upsampling_unit}: must be a power of two")
         if not 0 <= self.f0_look_ahead <= F0_LAYERS:
             raise UserError(f"model.generator.f0_look_ahead={self.f0_look_ahead}: must lie in 0 … {F0_LAYERS}")
 

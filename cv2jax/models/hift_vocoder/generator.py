@@ -90,7 +90,8 @@ class HiftGenerator(nn.Module):
         last = i == len(c.upsample_rates) - 1
         x = x.holding(nn.leaky_relu(x.values, LEAKY_SLOPE))
         shape = (c.upsample_kernels[i], 2 * width, width)
-        x = SignalUpsampling(shape, c.upsample_rates[i], dtype=c.dtype, name=f"upsample_{i}")(extent, x)
+        options = {"unit": c.upsampling_unit, "dtype": c.dtype}
+        x = SignalUpsampling(shape, c.upsample_rates[i], name=f"upsample_{i}", **options)(extent, x)
         if last:
             x = extent.reflect_start(x)
         stride = spectrum.rate // x.rate

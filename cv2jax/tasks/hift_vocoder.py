@@ -57,7 +57,9 @@ class HiftVocoderTask(AudioTask):
         self.model_config: HiftTrainingConfig = _fit(config, data)
         dtype = self.model_config.generator.dtype
         self._vocoder = HiftVocoder(self.model_config.generator)
-        self._judges = Discriminators(self.model_config.discriminators, dtype=dtype)
+        self._judges = Discriminators(
+            self.model_config.discriminators, dtype=dtype, remat=self.model_config.remat_discriminators
+        )
         rate = self.model_config.discriminator_learning_rate
         theirs = dataclasses.replace(
             config.optimizer,

@@ -1,5 +1,7 @@
 """The spectral discriminators match the official numbers, the periodic ones their definition; padding, shapes, sharding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from cv2jax.config import MeshConfig, UserError, validate
 from cv2jax.models.hift_vocoder.discriminator_config import DiscriminatorConfig
-from cv2jax.models.hift_vocoder.discriminators import Discriminators, TimeConv, conv_over_bins, fold, magnitudes
+from cv2jax.models.hift_vocoder.discriminators import Discriminators, StridedConv, conv_over_bins, fold, magnitudes
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules, batch_sharding, replicated
 from tests.models.golden_discriminators import GOLDENS, SMALL, SPECTRAL, abstract_params, random_params, spectral_params
@@ -134,7 +136,7 @@ def test_every_convolution_and_gradient_has_the_layout_that_is_fast_inside_a_bra
 @pytest.mark.parametrize(("length", "stride"), [(16, 3), (17, 3), (18, 3), (16, 1), (2, 3)])
 def test_a_layer_over_time_is_a_convolution(length, stride):
     rng = np.random.default_rng(3)
-    layer, x = TimeConv((5, 2, 3), stride), jnp.asarray(rng.standard_normal((4, length, 2), np.float32))
+    layer, x = StridedConv((5, 2, 3), stride), jnp.asarray(rng.standard_normal((4, length, 2), np.float32))
     params = {name: jnp.asarray(rng.standard_normal(n, np.float32)) for name, n in (("kernel", (5, 2, 3)), ("bias", 3))}
     plain = jax.lax.conv_general_dilated(
         x, params["kernel"], (stride,), [(2, 2)], dimension_numbers=("NWC", "WIO", "NWC")
@@ -210,19 +212,29 @@ def test_parameters_are_split_as_their_axes_say():
     assert shardings["spectral_0"]["out"]["kernel"].spec == jax.P(None, None, "fsdp")
 
 
+def slopes(params, waveform, remat=False):
+    def judged(params, waveform):
+        judgements = Discriminators(SMALL, remat=remat).apply({"params": params}, waveform)
+        return sum(jnp.square(1 - j.scores).mean() + jnp.abs(j.feature_maps[0]).mean() for j in judgements)
+
+    return jax.grad(judged, argnums=(0, 1))(params, waveform)
+
+
+def test_rematerialised_gradients_are_the_same_from_the_same_parameters():
+    given = (random_params(SMALL), waves(2, 96))
+    again, plain = (jax.make_jaxpr(functools.partial(slopes, remat=remat))(*given) for remat in (True, False))
+    assert "remat" in str(again)
+    assert "remat" not in str(plain)
+    got, want = (jax.jit(slopes, static_argnames="remat")(*given, remat=remat) for remat in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max()), got, want)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_gradients_are_the_same_on_a_mesh(mesh):
     mesh, rows = make_mesh(mesh), waves(8, 96)
     init = lambda key: Discriminators(SMALL).init(key, rows)["params"]  # noqa: E731
     _, shardings = abstract_state(init, mesh)
     shardings = (shardings, batch_sharding(mesh))
-
-    def slopes(params, waveform):
-        def judged(params, waveform):
-            judgements = Discriminators(SMALL).apply({"params": params}, waveform)
-            return sum(jnp.square(1 - j.scores).mean() for j in judgements)
-
-        return jax.grad(judged, argnums=(0, 1))(params, waveform)
 
     given = (random_params(SMALL), rows)
     with jax.set_mesh(mesh), axis_rules():

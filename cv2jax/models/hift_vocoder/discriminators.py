@@ -4,6 +4,8 @@ Source: `matcha/hifigan/models.py` and `hifigan/discriminator.py` (spec/official
 without upstream's weight normalisation (`convert/weight_norm.py` goes between the two).
 """
 
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
@@ -36,24 +38,27 @@ class Discriminators(nn.Module):
     """All discriminators of a config, the periods' first.
 
     Attributes:
-      config: sizes. dtype: computation dtype. dft: how spectra are computed (`audio.stft.power_spectrum`).
+      config: sizes. dtype: computation dtype. remat: keep no activations of a discriminator but what it returns.
+      dft: how spectra are computed (`audio.stft.power_spectrum`).
     """
 
     config: DiscriminatorConfig
     dtype: str = "float32"
+    remat: bool = False
     dft: DftKind = "matmul"
 
     @nn.compact
     def __call__(self, waveform: Float[Array, "B W"]) -> tuple[Judgement, ...]:
         """Judges waves [B W] in [-1, 1], all W samples of them."""
         c = self.config
+        wrap: Any = nn.remat if self.remat else lambda kind: kind
         judges: list[nn.Module] = [
-            PeriodDiscriminator(period, c.period_channels, self.dtype, name=f"period_{i}")
+            wrap(PeriodDiscriminator)(period, c.period_channels, self.dtype, name=f"period_{i}")
             for i, period in enumerate(c.periods)
         ]
         resolutions = zip(c.fft_sizes, c.hop_lengths, c.window_lengths, strict=True)
         judges += [
-            SpectralDiscriminator(*resolution, c.spectral_channels, self.dtype, self.dft, name=f"spectral_{i}")
+            wrap(SpectralDiscriminator)(*resolution, c.spectral_channels, self.dtype, self.dft, name=f"spectral_{i}")
             for i, resolution in enumerate(resolutions)
         ]
         return tuple(judge(waveform) for judge in judges)
@@ -91,8 +96,8 @@ class PeriodDiscriminator(nn.Module):
         return Judgement(scores=scores.astype(jnp.float32), feature_maps=unfolded)
 
 
-def _conv_over_time(size: int, before: int, after: int, stride: int, dtype: str, name: str) -> "TimeConv":
-    return TimeConv((size, before, after), stride, dtype, name=name)
+def _conv_over_time(size: int, before: int, after: int, stride: int, dtype: str, name: str) -> "StridedConv":
+    return StridedConv((size, before, after), stride, dtype, name=name)
 
 
 def _axes(before: int, after: int) -> Axes:
@@ -111,7 +116,7 @@ def fold(waveform: Float[Array, "B W"], period: int) -> Float[Array, "B period L
     return jnp.swapaxes(padded.reshape(len(waveform), -1, period), 1, 2)
 
 
-class TimeConv(nn.Module):
+class StridedConv(nn.Module):
     """A strided convolution over time, same padding, kernel layout [k, in, out], k odd.
 
     One product of the inputs under the kernel side by side, which on a CPU is faster than a `lax` convolution.

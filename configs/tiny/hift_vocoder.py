@@ -3,7 +3,7 @@
     cv2jax f0 prepared/ --method dio
     cv2jax train hift_vocoder_tiny --corpus prepared/ --workdir runs/vocoder
 
-The first 800 of its 900 steps are spectral alone, and half of the windows have the recording's F0. Not upstream's: 31
+The first 740 of its 820 steps are spectral alone, and half of the windows have the recording's F0. Not upstream's: 31
 harmonics (a network this small cannot make the high ones itself), log-mel counted from -6, and a distance of log magnitudes
 at three resolutions; each teaches it faster.
 
@@ -41,13 +41,13 @@ def get_config() -> TrainConfig:
                 window_lengths=(512,),
                 spectral_channels=8,
             ),
-            adversarial_from=800,
+            adversarial_from=740,
             discriminator_learning_rate=1e-3,
             f0_weight=0.05,
             stft_weight=20.0,
             target_f0_share=0.5,
         ),
-        num_steps=900,
+        num_steps=820,
         data=DataConfig(batch_seconds=32.0, num_buckets=1, min_seconds=0.5),
         optimizer=OptimizerConfig(
             learning_rate=2e-3,
@@ -59,7 +59,7 @@ def get_config() -> TrainConfig:
             ema_decay=0.99,
         ),
         log_every=20,
-        evaluate_every=450,
+        evaluate_every=410,
         evaluate_utterances=0,
-        save_every=450,
+        save_every=410,
     )

@@ -39,6 +39,7 @@ def check(report: dict, benches: set[str], repeats: int) -> None:
     assert {"processor", "cores", "devices", "jax", "python"} <= set(report["machine"])
 
 
+@pytest.mark.full
 def test_loader_reports_each_worker_and_the_synthetic_index(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_loader_reports_each_worker_and_the_synthetic_index(
     assert {m["unit"] for m in report["measurements"]} == {"utterances/s per worker", "s", "MB"}
 
 
+@pytest.mark.full
 def test_prepare_and_encode_report_real_time() -> None:
     report = bench("prepare", BenchOptions(seconds=40.0, repeats=2))
     check(report, {"prepare"}, 2)

@@ -63,6 +63,7 @@ def test_the_temperature_scales_the_noise_where_the_solver_starts():
     assert np.abs(run(1.0, noise) - run(0.25, noise)).max() > 1e-2
 
 
+@pytest.mark.full
 def test_the_unconditioned_rows_have_the_masks_of_the_conditioned_ones():
     batch = make_batch([5]) | {"prompt_mel": jnp.zeros((1, 10, 8))}
     noise, masks = jax.random.normal(jax.random.key(0), (1, 10, 8)), (ChunkMask(chunk=3), ChunkMask(chunk=1))
@@ -71,6 +72,7 @@ def test_the_unconditioned_rows_have_the_masks_of_the_conditioned_ones():
     assert np.abs(run(masks) - run(masks[::-1])).max() > 1e-4
 
 
+@pytest.mark.full
 def test_tokens_that_share_digits_start_out_alike():
     config = small_config(num_speech_tokens=81)
     table = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))["encoder"]["token_embedding"]
@@ -84,6 +86,7 @@ def test_tokens_that_share_digits_start_out_alike():
     assert means[3] > means[0] + 0.4
 
 
+@pytest.mark.full
 def test_tokens_may_start_out_as_official():
     config = small_config(num_speech_tokens=81, token_init="official")
     table = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))["encoder"]["token_embedding"]

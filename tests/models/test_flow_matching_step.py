@@ -135,6 +135,7 @@ def test_any_chunking_gives_the_mel_of_the_whole_sequence(seed):
     np.testing.assert_allclose(mel, u.solved(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.full
 def test_bounded_left_context_needs_no_more_room_than_it_says():
     u = Utterances.draw(100, num_rows=4)
     u.left[:], u.num_tokens[:] = [0, 4, 7, 11], MAX_TOKENS
@@ -188,7 +189,8 @@ def test_a_row_that_is_not_finite_stays_alone():
     np.testing.assert_array_equal(state.cache.keys[:, [1, 2, 3, 5, 6, 7]], wanted.cache.keys[:, [1, 2, 3, 5, 6, 7]])
 
 
-@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.full), False])
+@pytest.mark.full
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_caches_are_written_in_place(scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     u = Utterances.draw(5, num_rows=1)

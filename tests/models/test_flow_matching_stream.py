@@ -144,6 +144,7 @@ def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
     assert rooms == {FULL: 80, BOUNDED: 25}
 
 
+@pytest.mark.full
 def test_official_noise_counts_from_the_start_of_the_prompt():
     config = small_config(num_mels=80)
     params, tokens, mask = random_params(config), make_tokens(12), ChunkMask(chunk=5)
@@ -218,7 +219,8 @@ def test_a_warm_stream_compiles_nothing(monkeypatch):
     assert counts() == longer
 
 
-@pytest.mark.parametrize("mask", [pytest.param(FULL, marks=pytest.mark.full), BOUNDED], ids=["full", "bounded"])
+@pytest.mark.full
+@pytest.mark.parametrize("mask", [FULL, BOUNDED], ids=["full", "bounded"])
 def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
     monkeypatch.setattr(stream_module, "_ROOM", 25)
     monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 10)

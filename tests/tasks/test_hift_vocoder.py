@@ -126,6 +126,7 @@ def test_both_networks_overfit_four_utterances(tmp_path):
     assert all(0 < line["discriminator_loss"] < 4 for line in lines[8:])
 
 
+@pytest.mark.full
 def test_a_window_that_is_not_finite_skips_both_networks(corpus):
     config = config_of(corpus, "model.adversarial_from=0")
     mesh, task = make_mesh(MeshConfig(), jax.devices()[:1]), make_task(config)

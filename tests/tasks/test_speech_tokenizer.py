@@ -154,6 +154,7 @@ def test_the_options_train(corpus, tmp_path, sets):
     assert ("pitch_loss" in last) == ("model.pitch_weight=0.3" in sets)
 
 
+@pytest.mark.full
 def test_a_silent_utterance_and_one_shorter_than_its_text_do_not_break_a_step(tmp_path):
     def make(name, samples, text):
         wave = np.zeros(samples, np.int16)

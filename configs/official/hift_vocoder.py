@@ -7,7 +7,8 @@
 frames (1.02 s) of each of 160 utterances (more where none lasts 15 s; longer ones are left out), the first 10,000 steps by
 spectral losses alone. Weights and rates of the losses are upstream's; batch and steps of the released model are not public,
 and this was not run to the end. Compiled ahead of time for sixteen v5e chips (`mesh.fsdp=16`, bf16), its step does not fit:
-16.4 GiB of temporaries a chip of 15.75, and no less with half the batch. Give it chips of more memory until that is mended.
+16.3 GiB of temporaries a chip of 15.75, with or without `model.remat_discriminators`, and no less with half the batch. Give
+it chips of more memory until that is mended.
 """
 
 from cv2jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig

@@ -4,13 +4,13 @@
     cv2jax train hift_vocoder_tiny --corpus prepared/ --workdir runs/vocoder
 
 The first 740 of its 820 steps are spectral alone, and half of the windows have the recording's F0. Not upstream's: 31
-harmonics (a network this small cannot make the high ones itself), log-mel counted from -6, and a distance of log magnitudes
-at three resolutions; each teaches it faster.
+harmonics (a network this small cannot make the high ones itself), log-mel counted from -6, upsampling kernels that move a
+sixteenth as fast (else a buzz at the rate of the frames takes the place of the source), and a distance of STFTs at three
+resolutions; each teaches it faster.
 
-On the embedded corpus of `cv2jax quickstart` (8 voices, an hour) it took 11.4 minutes on two cores of an Intel Xeon with other
-work beside it: log-spectral distance 9.96 dB and F0 19.3 Hz off on held-out speech, and pocketsphinx reads its copies of 40
-sentences of voice f3 that it never heard without an error. From 0 instead of -6 it read half of the words wrong after 400
-steps, where this had 10.7 %.
+On the embedded corpus of `cv2jax quickstart` (8 voices, an hour) it took 10 min 20 s on two cores of an Intel Xeon:
+log-spectral distance 9.97 dB and F0 18.2 Hz off on held-out speech, and of its copies of 40 sentences of voice f3 that it
+never heard pocketsphinx reads one of 280 words wrong.
 """
 
 from cv2jax.config import DataConfig, OptimizerConfig, TrainConfig

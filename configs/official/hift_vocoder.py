@@ -19,9 +19,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="hift_vocoder_official",
         task="hift_vocoder",
-        model=HiftTrainingConfig(
-            generator=HiftVocoderConfig(mel_origin=-6.0), adversarial_from=10_000, remat_discriminators=True
-        ),
+        model=HiftTrainingConfig(generator=HiftVocoderConfig(mel_origin=-6.0), adversarial_from=10_000),
         num_steps=500_000,
         data=DataConfig(
             batch_seconds=2_400.0, batch_multiple=16, num_buckets=1, min_seconds=1.0, max_seconds=15.0, num_workers=16

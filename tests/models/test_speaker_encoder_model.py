@@ -110,6 +110,7 @@ def training_numbers(features, num_frames, config=SMALL_CONFIG):
     return embedding, state, gradient
 
 
+@pytest.mark.slow
 def test_in_training_padding_and_rows_that_only_fill_change_nothing():
     features, valid = batch()
     embedding, state, gradient = training_numbers(features, NUM_FRAMES)
@@ -135,6 +136,7 @@ def test_training_moves_every_statistic_and_counts_batches():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_statistics_that_settled_give_in_use_what_training_gave():
     """The same batch again and again: its running statistics become its own, up to the unbiased variance."""
     features, tree = np.random.default_rng(1).normal(size=(16, 40, 16)).astype(np.float32), random_tree()

@@ -67,7 +67,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, at):
     assert record(broken) == record(whole)
 
 
-@pytest.mark.train
+@pytest.mark.slow
 def test_it_learns_reports_and_speaks(corpus, tmp_path):
     """What a training saved is a vocoder."""
     config, whole = config_of(corpus, *LEARNS), tmp_path / "whole"

@@ -43,9 +43,7 @@ def write_run(workdir: pathlib.Path, task: str, facts: dict, variables: tuple | 
     (workdir / "run.json").write_text(json.dumps({"config": {"task": task}, "facts": facts}))
     if variables is not None:
         zero = jax.numpy.zeros((), jax.numpy.int32)
-        state = TrainState(
-            step=zero, num_skipped=zero, params=variables[0], opt_state={}, model_state=variables[1]
-        )
+        state = TrainState(step=zero, num_skipped=zero, params=variables[0], opt_state={}, model_state=variables[1])
         with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
             checkpoints.save(7, state)
     return workdir
@@ -69,7 +67,9 @@ def add_flow(root: pathlib.Path, speech_tokenizer: str, chunks: tuple[int, ...] 
     return root
 
 
-def make_speech(seconds: float, rate_hz: int = 16000, *, lead: float = 0.2, trail: float = 0.2, seed: int = 0) -> np.ndarray:
+def make_speech(
+    seconds: float, rate_hz: int = 16000, *, lead: float = 0.2, trail: float = 0.2, seed: int = 0
+) -> np.ndarray:
     """float32 [W] in [-1, 1]: syllables of a moving pitch with hisses between them, silence before and behind."""
     rng = np.random.default_rng(seed)
     num_samples = round(seconds * rate_hz)

@@ -7,7 +7,7 @@ that are not those of the text are not noticed.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -20,7 +20,8 @@ MIN_SECONDS, SHORT_SECONDS, LONG_SECONDS, MAX_SECONDS = 0.3, 2.0, 20.0, 30.0
 _RATE_HZ = 16000  # at which a clip is measured
 _FRAME, _HOP = 640, 320  # 40 ms every 20 ms
 _BAND_HZ = (300.0, 3400.0)  # most of speech and little of hum, rumble and hiss
-_EDGE_SECONDS = 0.005  # a word that is cut is loud here; one that begins is not yet
+_LOUD_FRAMES = 12  # a quarter of a second
+_EDGE_SECONDS = 0.01  # a period of a deep voice: a word that is cut is loud here, one that begins is not yet
 _SILENCE_DB = 35.0  # this far below the loudest frames nothing of a word is
 _FLOOR = 1e-12
 _STEADY_DB, _NOISY_DB = 8.0, 16.0
@@ -52,7 +53,7 @@ class ClipMeasures:
 
     Attributes:
       level_dbfs: RMS of the frames that are not silent. range_db: from the quiet to the loud frames between 300 and 3400 Hz.
-      first_db, last_db: of the first and last 5 ms against the loudest frames. quiet_db: of the quietest frames against them.
+      first_db, last_db: of the first and last 10 ms against the loudest frames. quiet_db: of the quietest frames against them.
       voiced_share: of the frames with speech level. first_speech, end_speech: seconds at which the sound starts and ends,
       equal where there is none. speech_seconds: without pauses.
     """
@@ -81,14 +82,14 @@ def measure_clip(waveform: Float32[np.ndarray, " W"], rate_hz: int) -> ClipMeasu
     high = _decibels(np.square(np.diff(frames, axis=1)).mean(axis=1))
     active = (level > _threshold(level)) | (high > _threshold(high))
     active &= level > 10 * math.log10(_FLOOR) + 1  # digital silence is none, whatever the threshold
-    places, top = np.flatnonzero(active), float(np.percentile(level, 95))
+    places, top = np.flatnonzero(active), _loudest(level)
     edge = max(1, round(_EDGE_SECONDS * _RATE_HZ))
     first, last = (float(_decibels(np.square(part).mean())) - top for part in (samples[:edge], samples[-edge:]))
     pitch, _ = pitch_track(samples[None].astype(np.float32), None, _RATE_HZ, _HOP)
     voiced = pitch[0, : len(active)] > 0
     return ClipMeasures(
         level_dbfs=float(_decibels(np.square(frames[active]).mean())) if len(places) else -math.inf,
-        range_db=float(np.percentile(band, 95) - np.percentile(band, 5)),
+        range_db=_loudest(band) - float(np.percentile(band, 5)),
         first_db=first,
         last_db=last,
         quiet_db=float(np.percentile(level, 5)) - top,
@@ -147,12 +148,12 @@ def check_transcript(text: str, seconds: float) -> list[Finding]:
 
 def _speech_findings(m: ClipMeasures) -> list[Finding]:
     """Whether anybody speaks at all."""
-    if m.range_db < _STEADY_DB or (m.range_db < _NOISY_DB and m.voiced_share < _MIN_VOICED):
-        message = f"is a steady sound, its level varies by {m.range_db:.0f} dB (speech: 20 or more): no speech stands out of it"
-        return [_error("noise", f"{message}; record it in a quiet place")]
     if m.speech_seconds < _LEAST_SPEECH_SECONDS:
         message = f"only {m.speech_seconds:.2f} s of it are not silent; give a sentence of 3 to 10 s"
         return [_error("silence", message)]
+    if m.range_db < _STEADY_DB or (m.range_db < _NOISY_DB and m.voiced_share < _MIN_VOICED):
+        message = f"is a steady sound, its level varies by {m.range_db:.0f} dB (speech: 20 or more): no speech stands out of it"
+        return [_error("noise", f"{message}; record it in a quiet place")]
     return []
 
 
@@ -235,12 +236,17 @@ def _is_loud(level_db: float, m: ClipMeasures) -> bool:
 
 def _threshold(level: Float[np.ndarray, " F"]) -> float:
     """dB under which a frame is silent; where pauses are noisy a little above them, but never near the loudest frames."""
-    top, quiet = np.percentile(level, 95), np.percentile(level, 5)
-    return float(max(top - _SILENCE_DB, min(quiet + 6.0, top - _SILENCE_DB + 10.0)))
+    top, quiet = _loudest(level), float(np.percentile(level, 5))
+    return max(top - _SILENCE_DB, min(quiet + 6.0, top - _SILENCE_DB + 10.0))
 
 
-def _decibels(power: Float[np.ndarray, "..."] | np.floating) -> np.ndarray:
-    return 10 * np.log10(np.asarray(power, np.float64) + _FLOOR)
+def _loudest(level: Float[np.ndarray, " F"]) -> float:
+    """dB of the loudest twentieth of the frames, of a long clip of the loudest quarter of a second: a word among pauses."""
+    return float(np.sort(level)[-max(1, min(len(level) // 20, _LOUD_FRAMES))])
+
+
+def _decibels(power: Any) -> Any:
+    return 10 * np.log10(power + _FLOOR)
 
 
 def _error(kind: str, message: str) -> Finding:

@@ -108,12 +108,12 @@ def check_clip(clip: AudioClip, *, max_seconds: float = MAX_SECONDS) -> list[Fin
         return [_error("unusable", str(error).removeprefix(f"{clip.name}: "))]
     if clip.seconds < MIN_SECONDS:
         return [
-            _error("short", f"lasts {clip.seconds:.2f} s; give a sentence of 3 to 10 s, at least {MIN_SECONDS:g} s")
+            _error("short", f"lasts {clip.seconds:.3g} s; give a sentence of 3 to 10 s, at least {MIN_SECONDS:g} s")
         ]
     if clip.seconds > max_seconds:
         return [
             _error(
-                "long", f"lasts {clip.seconds:.1f} s; at most {max_seconds:g} s fit: cut out one sentence of 3 to 10 s"
+                "long", f"lasts {clip.seconds:.4g} s; at most {max_seconds:g} s fit: cut out one sentence of 3 to 10 s"
             )
         ]
     if "silence" in told:

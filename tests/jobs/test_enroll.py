@@ -179,8 +179,8 @@ def test_a_speaker_without_a_recording(model, encoder, tmp_path, capfd, loaded_o
 @pytest.mark.parametrize(
     ("waveform", "message"),
     [
-        (make_speech(0.2, lead=0, trail=0), "lasts 0.20 s; give a sentence of 3 to 10 s"),
-        (make_speech(60), "lasts 60.0 s; at most 30 s fit"),
+        (make_speech(0.2, lead=0, trail=0), "lasts 0.2 s; give a sentence of 3 to 10 s"),
+        (make_speech(60), "lasts 60 s; at most 30 s fit"),
         (np.zeros(48000), "nobody speaks in it: record it again"),
         (NOISE, "no speech stands out of it; record it in a quiet place"),
     ],

@@ -54,7 +54,7 @@ class StoredTensor:
             with self.file.open("rb") as file:
                 file.seek(self.start)
                 tensor = onnx.TensorProto.FromString(file.read(self.end - self.start))
-            return onnx.numpy_helper.to_array(tensor)[index].astype(self.dtype)
+            return np.array(onnx.numpy_helper.to_array(tensor)[index], self.dtype)
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)[index]
         little = self.dtype.newbyteorder("<")
@@ -230,7 +230,7 @@ def write_onnx(path: str | os.PathLike[str], model: Any, tensors: Mapping[str, F
 
 
 def _values(path: pathlib.Path, name: str, tensor: ForeignTensor) -> memoryview:
-    values = np.ascontiguousarray(tensor.read(), "<f4")
+    values = np.asarray(tensor.read(), "<f4", order="C")
     if values.shape != tensor.shape:
         raise ValueError(f"{name} is {values.shape} and was announced as {tensor.shape}")
     if not np.isfinite(values).all():

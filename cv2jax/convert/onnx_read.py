@@ -29,8 +29,9 @@ from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.fsq import BOUND
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params
 
-_TOKENIZER_ROOTS, _CAMPPLUS_ROOTS = r"conv\d|blocks(\.\d+)?|quantizer", "head|xvector"
-_PROJECTIONS = ("quantizer.project_in", "quantizer._codebook.project_down")  # official; s3tokenizer's own export
+_TOKENIZER_ROOTS, _CAMPPLUS_ROOTS = r"conv\d|blocks(\.\d+)?|quantizer|project_down", "head|xvector"
+# Of the official file, of the state dict, of an export of s3tokenizer's module.
+_PROJECTIONS = ("quantizer.project_in", "quantizer._codebook.project_down", "project_down")
 _HEAD_DIM = 64  # of every released tokenizer
 
 
@@ -44,7 +45,7 @@ def read_speech_tokenizer_onnx(path: str | os.PathLike[str]) -> tuple[SpeechToke
     """
     m = OnnxModules(OnnxFile(path), _TOKENIZER_ROOTS)
     projections = [name for name in _PROJECTIONS if m.parameters.get(f"{name}.weight")]
-    if len(projections) != 1 or not m.find("Tanh", "quantizer.*"):
+    if len(projections) != 1 or not m.find("Tanh"):
         raise m.unknown("no projection of finite scalar quantisation")
     config = _tokenizer_config(m, projections[0])
     for module in ("conv1", "conv2"):
@@ -124,7 +125,7 @@ def _check_epsilon(m: OnnxModules, kind: str) -> None:
 
 def _check_bound(m: OnnxModules) -> None:
     """That what comes out of tanh is scaled as three levels a digit are, where a constant scales it."""
-    for _, tanh in m.find("Tanh", "quantizer.*"):
+    for _, tanh in m.find("Tanh"):
         for node in m.consumers(tanh.output[0]):
             for known in filter(None, map(m.constant, node.input)):
                 if node.op_type == "Mul" and not np.allclose(known.read((slice(None),) * len(known.shape)), BOUND):

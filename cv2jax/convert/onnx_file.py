@@ -86,8 +86,18 @@ class OnnxFile:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); give a file that is there") from error
         except (decode_error, UnicodeDecodeError) as error:
             raise self._damaged("it is not ONNX") from error
-        if not self.model.graph.node:
+        nodes = self.model.graph.node
+        if not nodes:
             raise self._damaged("it has no graph")
+        texts = (text for node in nodes for text in (node.name, node.op_type, *node.input, *node.output))
+        if not all(
+            isinstance(text, str) for text in (*texts, *self.tensors)
+        ):  # protobuf hands out what is no UTF-8 as bytes
+            raise self._damaged("a name is no text")
+
+    def _check_texts(self, *names: Any) -> None:
+        if not all(isinstance(name, str) for name in names):  # protobuf hands out as bytes what is no UTF-8
+            raise self._damaged("a name is no text")
 
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.path}: is damaged ({why}); copy it again")
@@ -156,6 +166,7 @@ class OnnxFile:
                 header += data[field:end]
         tensor = self._onnx.TensorProto.FromString(bytes(header))
         name, shape = tensor.name, tuple(tensor.dims)
+        self._check_texts(name)
         try:
             dtype = np.dtype(self._onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         except (KeyError, TypeError) as error:

@@ -132,7 +132,10 @@ class OnnxModules:
         onnx = import_official("onnx")
         for attribute in node.attribute:
             if attribute.name == "value":
-                return onnx.numpy_helper.to_array(attribute.t)
+                try:
+                    return onnx.numpy_helper.to_array(attribute.t)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise self.unknown(f"the constant {node.output[0]} cannot be read") from error
             if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
                 return np.asarray(onnx.helper.get_attribute_value(attribute))
         return None

@@ -115,6 +115,13 @@ def test_a_missing_file_and_a_directory(tmp_path, onnx):
             OnnxFile(path)
 
 
+@pytest.mark.parametrize("name", [b"vector", b"/last/Add"])
+def test_a_name_that_is_no_text(written, name):
+    written.write_bytes(written.read_bytes().replace(name, b"\xff" + name[1:]))
+    with pytest.raises(UserError, match=r"is damaged \(a name is no text\)"):
+        OnnxFile(written)
+
+
 def test_a_tensor_of_another_size_than_it_says(onnx, tmp_path):
     tensor = onnx.numpy_helper.from_array(arrays()["vector"], "vector")
     tensor.raw_data = tensor.raw_data[:-4]

@@ -89,18 +89,14 @@ class OnnxFile:
         nodes = self.model.graph.node
         if not nodes:
             raise self._damaged("it has no graph")
-        texts = (text for node in nodes for text in (node.name, node.op_type, *node.input, *node.output))
-        if not all(
-            isinstance(text, str) for text in (*texts, *self.tensors)
-        ):  # protobuf hands out what is no UTF-8 as bytes
-            raise self._damaged("a name is no text")
+        self._check_texts(*(text for node in nodes for text in (node.name, node.op_type, *node.input, *node.output)))
 
     def _check_texts(self, *names: Any) -> None:
         if not all(isinstance(name, str) for name in names):  # protobuf hands out as bytes what is no UTF-8
             raise self._damaged("a name is no text")
 
     def _damaged(self, why: str) -> UserError:
-        return UserError(f"{self.path}: is damaged ({why}); copy it again")
+        return UserError(f"{self.path}: is damaged ({' '.join(why.split())}); copy it again")
 
     def _fields(self, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
         """(number, wire type, start of the field, start of its value, end) of each field of a message."""

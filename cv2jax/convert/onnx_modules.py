@@ -196,7 +196,7 @@ class OnnxModules:
 
     def unknown(self, why: str) -> UnknownGraph:
         """The error to raise."""
-        return UnknownGraph(f"{self.place}: is not a graph that is known here ({why})")
+        return UnknownGraph(f"{self.place}: is not a graph that is known here ({' '.join(why.split())})")
 
     def reader(self, wanted: Mapping[str, ForeignTensor], find: Callable[[str], Parameter | str]) -> "OnnxReader":
         """A reader of the tensors `wanted`, each the one that `find` gives or names; UnknownGraph where the graph differs.

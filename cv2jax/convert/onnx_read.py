@@ -117,8 +117,12 @@ def _check_conv(m: OnnxModules, module: str, **wanted: object) -> None:
 
 
 def _check_epsilon(m: OnnxModules, kind: str) -> None:
-    for module, node in m.find(kind):
-        epsilon = m.attribute(node, "epsilon", 1e-5)
+    """Of the operators `kind`, and of layer norms in pieces, which add it as a number."""
+    found = [(module, m.attribute(node, "epsilon", 1e-5)) for module, node in m.find(kind)]
+    for module, node in m.find("Add", r".*_ln"):
+        numbers = [known for known in map(m.constant, node.input) if known and math.prod(known.shape) == 1]
+        found += [(module, float(known.read((slice(None),) * len(known.shape)).item())) for known in numbers]
+    for module, epsilon in found:
         if not math.isclose(epsilon, 1e-5, rel_tol=1e-5):
             raise m.unknown(f"{module} has an epsilon of {epsilon:g}, not 1e-05")
 

@@ -91,9 +91,9 @@ def _num_heads(m: OnnxModules, width: int) -> int:
     """Of the reshapes of the first block's attention to [B, L, H, C], whose last sizes may be left open."""
     for _, node in m.find("Reshape", r"blocks\.0\.attn.*"):
         sizes = m.sizes(node)
-        if len(sizes) == 4 and (sizes[2] or 0) > 1:
+        if len(sizes) == 4 and (sizes[2] or 0) > 0:
             return int(sizes[2] or 0)
-        if len(sizes) == 4 and (sizes[3] or 0) > 1:
+        if len(sizes) == 4 and (sizes[3] or 0) > 0:
             return width // int(sizes[3] or 0)
     if width % _HEAD_DIM:
         raise m.unknown("no reshape to heads")
@@ -147,14 +147,13 @@ def read_campplus_onnx(path: str | os.PathLike[str]) -> tuple[SpeakerEncoderConf
     """
     m = OnnxModules(OnnxFile(path), _CAMPPLUS_ROOTS)
     config = _campplus_config(m)
-    for module, node in m.find("Conv"):
+    for module, _ in m.find("Conv"):
         sizes = m.shape(f"{module}.weight", 4 if module.startswith("head.") else 3)[2:]
         is_local = module.endswith("cam_layer.linear_local")
         block = int(module.split(".")[1].removeprefix("block")) if is_local else 0
         dilation = config.dilations[block - 1] if is_local else 1
         pads = tuple(dilation * (size // 2) for size in sizes) * 2
         _check_conv(m, module, strides=conv_strides(module), dilations=(dilation,) * len(sizes), pads=pads, group=1)
-        del node
     _check_epsilon(m, "BatchNormalization")
     norms = {norm: conv for conv, norm in folded_norms(config.block_layers).items()}
     abstract = jax.eval_shape(functools.partial(_init_campplus, config), jax.random.key(0))

@@ -158,6 +158,15 @@ def test_the_way_back_is_exact(golden, other):
         load_tree(speech_tokenizer_rules(), reader, abstract(dataclasses.replace(config, num_layers=2)))
 
 
+@pytest.mark.parametrize("num_heads", [1, 8])
+def test_heads_of_any_size(tmp_path, num_heads):
+    pytest.importorskip("onnx")
+    config = dataclasses.replace(OTHER_CONFIG, num_heads=num_heads, num_layers=1)
+    write_speech_tokenizer_onnx(tmp_path / "m.onnx", config, random_params(config))
+    got, _ = read_speech_tokenizer_onnx(tmp_path / "m.onnx")
+    assert (got.num_heads, got.num_layers) == (num_heads, 1)
+
+
 def test_written_twice_it_is_the_same_file(other, tmp_path):
     path, _ = other
     config, reader = read_speech_tokenizer_onnx(path)

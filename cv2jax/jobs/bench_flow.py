@@ -28,10 +28,11 @@ from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, Flow
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params, padded_masks, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
-from cv2jax.models.flow_matching.stream import recycle, room_for
+from cv2jax.models.flow_matching.stream import recycle
 from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
 from cv2jax.nn.stack import unstack_layers
+from cv2jax.synthesis.mel_stream import room_for
 
 _TOKENS_PER_SECOND = 25
 _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
@@ -344,7 +345,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
 
     def ours(ends: list[int]) -> tuple[float, list[Any]]:
         begin = time.perf_counter()
-        stream.state = recycle(stream.state, voice.state)  # what the request before has grown, as `FlowStreams` does
+        stream.state = recycle(stream.state, voice.state)  # what the request before has grown, as `MelStreams` does
         mels = [stream(request.hop(*span), room_for(span[1])) for span in itertools.pairwise(ends)]
         return time.perf_counter() - begin, mels
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import librosa
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -49,6 +48,8 @@ FLOW_MEL = MelDefinition()  # what `mel_spectrogram` makes, and the flow
 @functools.lru_cache(maxsize=8)
 def mel_filters(rate_hz: int, num_points: int, num_bins: int, fmax: float | None) -> Float[np.ndarray, "M K"]:
     """Return librosa's mel filterbank `[M K]` (Slaney scale and area norm, from 0 Hz to `fmax` Hz or Nyquist)."""
+    import librosa  # only where a mel is made: what reads voices does without it
+
     filters = librosa.filters.mel(sr=rate_hz, n_fft=num_points, n_mels=num_bins, fmin=0.0, fmax=fmax)
     filters.setflags(write=False)  # cached: nobody may change it
     return filters

@@ -2,49 +2,31 @@
 
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
 from cv2jax.audio.fbank import FBANK_RATE_HZ
 from cv2jax.audio.io import check_audio, convert_rate, read_audio
-from cv2jax.config import MeshConfig, UserError, from_dict
+from cv2jax.config import MeshConfig, UserError
 from cv2jax.data.embeddings import check_embeddings_path, save_embeddings
 from cv2jax.data.manifest import ManifestScan, Utterance, parse_utterance, scan_manifest
 from cv2jax.models.speaker_encoder.batching import MAX_SAMPLES, WaveformEmbedder
-from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
-from cv2jax.models.speaker_encoder.model import MIN_SAMPLES, encoder_hash, init_model_state, init_params
+from cv2jax.models.speaker_encoder.model import MIN_SAMPLES
 from cv2jax.parallel.mesh import make_mesh
-from cv2jax.tasks.trained import find_step
-from cv2jax.train.checkpoint import load_subtree
-from cv2jax.train.run import load_run
+from cv2jax.tasks.encoders import load_speaker_encoder
 
 _SHORTEST_MS = 1000 * MIN_SAMPLES / FBANK_RATE_HZ
 _NAMED = 8  # speakers with a single utterance
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpeakerEncoder:
-    """A run's encoder at its newest checkpoint, and its hash."""
-
-    config: SpeakerEncoderConfig
-    params: Any
-    model_state: Any
-    step: int
-    hash: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,32 +55,6 @@ class _Loaded:
 class _Refused:
     name: str
     reason: str
-
-
-def load_speaker_encoder(run: str | os.PathLike[str]) -> SpeakerEncoder:
-    """The speaker encoder of the newest checkpoint in the workdir `run`.
-
-    Raises UserError for a directory that holds no run, no checkpoint or a damaged one, a run of another stage, and for
-    parameters that are not finite.
-    """
-    described, run = load_run(pathlib.Path(run)), pathlib.Path(run)
-    task, facts = described["config"].get("task"), described["facts"]
-    if task != "speaker_encoder" or "model" not in facts:
-        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a speaker_encoder")
-    config = from_dict(SpeakerEncoderConfig, facts["model"] | {"dtype": "float32"})
-    step = find_step(run)
-    shapes = jax.eval_shape(
-        lambda key: nn.unbox({"params": init_params(config, key), "model_state": init_model_state(config)}),
-        jax.random.key(0),
-    )
-    where = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
-    loaded = load_subtree(run / "checkpoints", abstract, step)
-    if not all(jax.tree.leaves(jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), loaded))):
-        raise UserError(f"the checkpoint in {run}/checkpoints holds NaN or infinite numbers; use an earlier one")
-    params, state = loaded["params"], loaded["model_state"]
-    found = encoder_hash(config, params, state)
-    return SpeakerEncoder(config=config, params=params, model_state=state, step=step, hash=found)
 
 
 def embed_manifest(

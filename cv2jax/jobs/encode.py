@@ -8,7 +8,6 @@ of the input. Memory holds a few batches and the longest file (about 65 MB a min
 import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 from collections import deque
@@ -16,45 +15,28 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import Float32
 from tqdm import tqdm
 
 from cv2jax.audio.io import load_waveform
 from cv2jax.audio.mel import WHISPER_HOP, WHISPER_RATE_HZ
-from cv2jax.config import MeshConfig, UserError, from_dict
+from cv2jax.config import MeshConfig, UserError
 from cv2jax.data.manifest import parse_utterance, scan_manifest
 from cv2jax.data.tokens import METADATA, TokenWriter, check_token_path
-from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
-from cv2jax.models.speech_tokenizer.model import init_model_state
 from cv2jax.models.speech_tokenizer.tokenize import (
     WINDOW_FRAMES,
     WaveformEncoder,
     WindowComparison,
     compare_windows,
-    init_encoding_params,
     make_encoder,
-    tokenizer_hash,
 )
 from cv2jax.parallel.mesh import make_mesh
-from cv2jax.train.checkpoint import load_subtree
-from cv2jax.train.run import load_run
+from cv2jax.tasks.encoders import load_tokenizer
 
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokenizer:
-    """What a run's newest checkpoint says about tokenizing: Encoder1, the quantizer, and their hash."""
-
-    config: SpeechTokenizerConfig
-    params: Any
-    model_state: Any
-    hash: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,40 +68,6 @@ class _Source:
 class _Loaded:
     source: _Source
     waveform: Float32[np.ndarray, " W"]
-
-
-def load_tokenizer(run: str | os.PathLike[str]) -> Tokenizer:
-    """Encoder1, quantizer and codebook of the newest checkpoint in the workdir `run`; nothing else is read.
-
-    Raises UserError for a directory that holds no run, no checkpoint or a damaged one, a run of another stage, without a
-    quantizer, or with parameters that are not finite.
-    """
-    run = pathlib.Path(run)
-    facts, checkpoints = load_run(run).get("facts", {}), run / "checkpoints"
-    if "model" not in facts or "quantizer" not in facts["model"]:
-        raise UserError(f"{run} is not a run of the speech tokenizer; give the --workdir of one")
-    config = from_dict(SpeechTokenizerConfig, facts["model"])
-    if config.quantizer == "none":
-        raise UserError(f"{run} was trained with model.quantizer=none and gives no tokens; use a run with fsq or vq")
-    if not checkpoints.is_dir():
-        raise UserError(f"no checkpoint in {checkpoints}; train first, or give the directory of a run")
-    config = dataclasses.replace(config, dtype="float32", remat="none")
-    shapes = jax.eval_shape(lambda: nn.unbox(init_encoding_params(config, jax.random.key(0))))
-    wanted: dict[str, Any] = {"params": shapes}
-    state = jax.eval_shape(lambda: nn.unbox(init_model_state(config, jax.random.key(0))))
-    if config.quantizer == "vq":
-        wanted["model_state"] = {"codebook": state.codebook}
-    where = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), wanted)
-    loaded = load_subtree(checkpoints, abstract)
-    finite = jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), loaded)
-    if not all(jax.tree.leaves(finite)):
-        raise UserError(f"the checkpoint in {checkpoints} holds NaN or infinite parameters; use an earlier one")
-    if config.quantizer == "vq":
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)  # only training looks at the averages
-        state = zeros.replace(codebook=loaded["model_state"]["codebook"])
-    params = loaded["params"]
-    return Tokenizer(config=config, params=params, model_state=state, hash=tokenizer_hash(config, params, state))
 
 
 def encode_audio(

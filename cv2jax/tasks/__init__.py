@@ -6,7 +6,16 @@ from typing import Any
 
 from cv2jax.config import TrainConfig, UserError
 
-NO_TASKS = ("__init__", "audio_task", "free_run", "heard_flow", "trained", "warm_start")
+NO_TASKS = (
+    "__init__",
+    "audio_task",
+    "encoders",
+    "free_run",
+    "heard_flow",
+    "model_directory",
+    "trained",
+    "warm_start",
+)
 
 
 def make_task(config: TrainConfig) -> Any:

@@ -14,9 +14,10 @@ from cv2jax.audio.io import load_waveform
 from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError, to_dict
 from cv2jax.data.embeddings import EmbeddingFile
-from cv2jax.jobs.embed import embed_manifest, load_speaker_encoder
+from cv2jax.jobs.embed import embed_manifest
 from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
 from cv2jax.models.speaker_encoder.model import MIN_SAMPLES, embed, encoder_hash
+from cv2jax.tasks.encoders import load_speaker_encoder
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.state import TrainState
 from tests.models.golden_speaker import SMALL_CONFIG, random_tree

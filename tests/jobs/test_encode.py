@@ -19,10 +19,11 @@ import soundfile
 from cv2jax.audio.io import load_waveform
 from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
-from cv2jax.jobs.encode import encode_audio, load_tokenizer
+from cv2jax.jobs.encode import encode_audio
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.model import init_model_state
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder, tokenizer_hash
+from cv2jax.tasks.encoders import load_tokenizer
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.state import TrainState
 from tests.data.speech_files import write_speech

@@ -37,8 +37,7 @@ from cv2jax.synthesis.mel_stream import room_for
 _TOKENS_PER_SECOND = 25
 _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
 _PROMPT = _CACHED + LOOKAHEAD  # what a voice is solved for looks at nothing of a request
-_HOPS = (25, 50, 100)  # tokens, as upstream's runtime
-_CALL_FRAMES = 250  # of one call of the network, as in spec/official.md D
+_HOPS, _CALL_FRAMES = (25, 50, 100), 250  # tokens, as upstream's runtime; of one call, as in spec/official.md D
 _TOLERANCE, _MEGABYTE = 1e-4, 1 << 20  # absolute and relative, of what both sides compute; bytes
 _OURS, _ANEW = "ours", "all solved anew each hop"
 

@@ -14,6 +14,10 @@ from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, MelStage
 FRAMES_PER_SECOND = 50
 
 
+class NonFinite(UserError):
+    """A mel or waveform that is not finite."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """Who speaks: an embedding, and of a recording its tokens and its mel, which stand in front of every request.
@@ -90,11 +94,11 @@ def require_tokens(tokens: Shaped[np.ndarray, "..."], stage: MelStage, name: str
 
 
 def require_finite(mel: Float[np.ndarray, "F M"], first_frame: int, name: str) -> None:
-    """Raises UserError that says where a result stops being numbers; frames count from the end of the prompt, or in it."""
+    """Raises NonFinite that says where a result stops being numbers; frames count from the end of the prompt, or in it."""
     bad = np.flatnonzero(~np.isfinite(mel).all(axis=1))
     if len(bad):
         frame = first_frame + int(bad[0])
-        raise UserError(
+        raise NonFinite(
             f"{name}: the mel is not finite from frame {frame} ({frame / FRAMES_PER_SECOND:.2f} s, speech token"
             f" {frame // FRAMES_PER_TOKEN}) on; check the checkpoint, or compute in float32"
         )

@@ -165,6 +165,11 @@ class SpeechStreams:
         for name, value in options.items():
             self._options[name][slot] = value
 
+    def check(self, request: SpeechRequest) -> None:
+        """Raises what `open` and `flush` would raise for a request with all of its text."""
+        _Slot(self._stage, request, False).flush()
+        _options(self._stage.sampler, self._defaults, request)
+
     def push_text(self, slot: int, tokens: Integer[np.ndarray, " T"]) -> None:
         """Appends text to an open request.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key
 
 from cv2jax.config import UserError
-from cv2jax.synthesis.prompt import key_data
+from cv2jax.synthesis.prompt import NonFinite, key_data
 from cv2jax.synthesis.stages import State, WaveStage
 
 LONGEST_WHOLE = 1536  # frames, 30 s: what lasts longer is made in hops, whose memory does not grow
@@ -61,7 +61,7 @@ def checked_mel(stage: WaveStage, mel: Float[np.ndarray, "F M"]) -> Float32[np.n
 
 def _finite(waveform: Float32[np.ndarray, " W"]) -> Float32[np.ndarray, " W"]:
     if not np.isfinite(waveform).all():
-        raise UserError("the vocoder's waveform is not finite: its parameters are damaged; use another checkpoint")
+        raise NonFinite("the vocoder's waveform is not finite: its parameters are damaged; use another checkpoint")
     return waveform
 
 

@@ -265,7 +265,8 @@ class Session:
         """Whether only more text, or its end, moves it on."""
         if self.ended or self._flushed or self.next_hop() is not None:
             return False
-        return all(piece.is_drawn or piece.is_idle or not (piece.ids or piece.closed) for piece in self.pieces)
+        has_none = lambda piece: piece.slot is None and not (piece.ids or piece.closed)  # noqa: E731
+        return all(piece.is_drawn or piece.is_idle or has_none(piece) for piece in self.pieces)
 
     def piece_to_draw(self) -> Piece | None:
         """The piece that the language model is to get next: one has it at a time, and it may be ahead of what is heard."""
@@ -303,7 +304,9 @@ class Session:
         if piece is None:
             return (0, True) if self._flushed else None  # the end of what the vocoder holds back
         there = len(piece.tokens) - piece.num_used
-        if there > LOOKAHEAD and there >= (size := self._hop_size(piece)) + LOOKAHEAD:  # a queued request takes no memory
+        if (
+            there > LOOKAHEAD and there >= (size := self._hop_size(piece)) + LOOKAHEAD
+        ):  # a queued request takes no memory
             return size, False
         return (there, True) if piece.is_drawn else None
 

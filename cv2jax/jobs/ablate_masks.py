@@ -19,11 +19,12 @@ from cv2jax.config import TrainConfig, UserError, load_config, override, validat
 from cv2jax.evaluation.mask_ablation import MaskTimes, draw_masks_table, masks_table
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params
-from cv2jax.models.flow_matching.stream import FlowStream, FlowStreams
-from cv2jax.models.flow_matching.voice import Voice
 from cv2jax.nn.masks import NO_CHUNK, ChunkMask
 from cv2jax.parallel.mesh import make_mesh
+from cv2jax.synthesis.mel_stream import MelStream, MelStreams
+from cv2jax.synthesis.prompt import Prompt
 from cv2jax.tasks import make_task
+from cv2jax.tasks.stages import make_mel_stage
 from cv2jax.tasks.trained import load_params
 from cv2jax.train.loop import train
 
@@ -91,11 +92,11 @@ def time_mask(config: FlowMatchingConfig, mask: ChunkMask) -> MaskTimes:
     if mask.chunk == NO_CHUNK:
         return MaskTimes(first_tokens=None, first_seconds=None, hop_seconds=None)
     params, key, size = nn.unbox(init_params(config, jax.random.key(0))), jax.random.key(0), mask.chunk
-    streams = FlowStreams(config, params, mask, hop_sizes=(size,))
+    streams = MelStreams(make_mel_stage(config, params), mask, hop_sizes=(size,))
     # The prompt of a bounded mask comes out of the voice.
     prompt = np.zeros(mask.prompt, np.int32)
     mel = np.zeros((FRAMES_PER_TOKEN * mask.prompt, config.num_mels), np.float32)
-    voice = streams.enroll(Voice(speaker_embedding=np.ones(config.speaker_dim), speech_tokens=prompt, mel=mel))
+    voice = streams.enroll(Prompt(speaker_embedding=np.ones(config.speaker_dim), speech_tokens=prompt, mel=mel))
     first, later = [], []
     for _ in range(NUM_TIMINGS + 1):  # the first one compiles
         stream = streams.start(voice, key)
@@ -109,7 +110,7 @@ def time_mask(config: FlowMatchingConfig, mask: ChunkMask) -> MaskTimes:
     )
 
 
-def _seconds(stream: FlowStream, num_tokens: int) -> float:
+def _seconds(stream: MelStream, num_tokens: int) -> float:
     begun = time.perf_counter()
     stream.hop(np.zeros(num_tokens, np.int32), np.zeros(LOOKAHEAD, np.int32))
     return time.perf_counter() - begun

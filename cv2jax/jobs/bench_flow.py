@@ -28,16 +28,16 @@ from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, LOOKAHEAD, Flow
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss, init_params, padded_masks, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, step
-from cv2jax.models.flow_matching.stream import recycle, room_for
+from cv2jax.models.flow_matching.stream import recycle
 from cv2jax.nn.cache import EMPTY, KeyValueCache
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, ChunkMask, MaskSpec
 from cv2jax.nn.stack import unstack_layers
+from cv2jax.synthesis.mel_stream import room_for
 
 _TOKENS_PER_SECOND = 25
 _CHUNK, _CACHED, _LEFT = 25, 75, 50  # tokens: the official chunk, 3 s of prompt, the left context where it is bounded
 _PROMPT = _CACHED + LOOKAHEAD  # what a voice is solved for looks at nothing of a request
-_HOPS = (25, 50, 100)  # tokens, as upstream's runtime
-_CALL_FRAMES = 250  # of one call of the network, as in spec/official.md D
+_HOPS, _CALL_FRAMES = (25, 50, 100), 250  # tokens, as upstream's runtime; of one call, as in spec/official.md D
 _TOLERANCE, _MEGABYTE = 1e-4, 1 << 20  # absolute and relative, of what both sides compute; bytes
 _OURS, _ANEW = "ours", "all solved anew each hop"
 
@@ -344,7 +344,7 @@ def _utterance(work: Workload, options: BenchOptions) -> list[Figure]:
 
     def ours(ends: list[int]) -> tuple[float, list[Any]]:
         begin = time.perf_counter()
-        stream.state = recycle(stream.state, voice.state)  # what the request before has grown, as `FlowStreams` does
+        stream.state = recycle(stream.state, voice.state)  # what the request before has grown, as `MelStreams` does
         mels = [stream(request.hop(*span), room_for(span[1])) for span in itertools.pairwise(ends)]
         return time.perf_counter() - begin, mels
 

@@ -26,9 +26,11 @@ from cv2jax.jobs.bench_options import BenchOptions
 from cv2jax.jobs.bench_parts import describe_machine, make_measurement, make_speech
 from cv2jax.models.hift_vocoder.config import F0_LAYERS, HiftVocoderConfig
 from cv2jax.models.hift_vocoder.model import HiftOutput, HiftState, HiftVocoder, hold_back, init_params
-from cv2jax.models.hift_vocoder.stream import HiftStreams, init_state, step
+from cv2jax.models.hift_vocoder.stream import init_state, step
 from cv2jax.nn.signal import ENDLESS
 from cv2jax.parallel.mesh import make_mesh
+from cv2jax.synthesis.wave_stream import WaveStreams
+from cv2jax.tasks.stages import make_wave_stage
 from cv2jax.tasks.trained import load_vocoder
 
 _HOP_SECONDS = 1  # the official hop: 25 tokens, 50 frames
@@ -187,7 +189,7 @@ def _hops(work: Workload, num_rows: int, repeats: int) -> list[Figure]:
 
 def _first_hop(work: Workload, repeats: int) -> list[Figure]:
     """As a request sees it: from mel in memory to samples in memory, the state made on the way."""
-    streams = HiftStreams(work.config, work.params)
+    streams = WaveStreams(make_wave_stage(work.config, work.params))
     run = lambda: streams.start(jax.random.key(0)).hop(work.mel[: work.hop])  # noqa: E731
     run()
     times = race({_OURS: run}, repeats)[_OURS]
@@ -246,7 +248,7 @@ def _early(work: Workload) -> list[Figure]:
     parameters say little of a trained vocoder: their kernels are small, and few of their frames are voiced, whose F0 matters.
     """
     hop, (mel, keys) = work.hop, work.rows(1)
-    stream = HiftStreams(work.config, work.params).start(keys[0])
+    stream = WaveStreams(make_wave_stage(work.config, work.params)).start(keys[0])
     chosen = [size for size in _HOLD_BACKS if size < work.hold_back]
     starts = range(0, len(work.mel) - hop, hop)  # not the last, whose end is no guess
     parts = [stream.hop(work.mel[start : start + hop], hold_back=min(chosen, default=None)) for start in starts]

@@ -214,13 +214,14 @@ def load_synthesiser(
     """(the vocoder of a run's newest, or given, checkpoint as a function; what to say of it); UserError as `load_vocoder`."""
     import jax
 
-    from cv2jax.models.hift_vocoder.stream import synthesise_unchecked
+    from cv2jax.synthesis.wave_stream import synthesise_unchecked
+    from cv2jax.tasks.stages import make_wave_stage
     from cv2jax.tasks.trained import find_step, load_vocoder
 
     step = find_step(run, step)
     config, params = load_vocoder(run, make_mesh(MeshConfig(), jax.local_devices()[:1]), step=step)
-    key = jax.random.key(seed)
-    return lambda mel: np.asarray(synthesise_unchecked(config, params, mel, key)), {
+    stage, key = make_wave_stage(config, params), jax.random.key(seed)
+    return lambda mel: np.asarray(synthesise_unchecked(stage, mel, key)), {
         "run": str(run),
         "step": step,
         "seed": seed,

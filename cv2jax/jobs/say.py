@@ -15,9 +15,10 @@ from absl import logging
 
 from cv2jax.config import MeshConfig, UserError
 from cv2jax.models.text_speech_lm.model import init_params
-from cv2jax.models.text_speech_lm.stream import Request, Result, generate
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.sampling import SamplingOptions, make_request_sampler
+from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechResult, generate
+from cv2jax.tasks.stages import make_speech_stage
 from cv2jax.tasks.trained import TokenReader, find_text_tokenizer, load_params, text_speech_lm_config
 from cv2jax.text.normalize import normalize_text
 from cv2jax.text.tags import END_OF_PROMPT, build_instruct_prefix, build_speaker_prefix, split_prefix_tokens
@@ -47,7 +48,7 @@ class Spoken:
     """A text, its speech tokens, how it ended (ok, hit_limit, non_finite), and what a recogniser heard, if one was asked."""
 
     text: str
-    result: Result
+    result: SpeechResult
     heard: str | None
 
 
@@ -75,15 +76,13 @@ def say(run: str | os.PathLike[str], texts: Sequence[str], options: SayOptions =
         tokens = np.array(tokenizer.encode(prefix + read), np.int32)
         prompt, tokens = split_prefix_tokens(tokens, tokenizer.special_ids[END_OF_PROMPT])
         lengths = {"min_length": options.min_length, "max_length": options.max_length}
-        requests.append(Request(text_tokens=tokens, prompt_text_tokens=prompt, name=f"text {number}", **lengths))
+        requests.append(SpeechRequest(text_tokens=tokens, prompt_text_tokens=prompt, name=f"text {number}", **lengths))
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     init, step = functools.partial(init_params, config), options.step
     params, _ = load_params(run, init, mesh, step=step, ema=True, lora_file=options.lora)
     results = generate(
-        config,
-        params,
+        make_speech_stage(config, params, sampler),
         requests,
-        sampler,
         options=sampler.options(options.sampling),
         seed=options.seed,
         stream=options.stream,

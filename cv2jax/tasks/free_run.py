@@ -10,9 +10,10 @@ from cv2jax.data.token_batches import TokenBatches
 from cv2jax.evaluation.error_rate import error_rate
 from cv2jax.evaluation.free_running import free_running_metrics
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
-from cv2jax.models.text_speech_lm.stream import Request, generate
 from cv2jax.parallel.sharding import axis_rules
 from cv2jax.synthesis.sampling import SamplingOptions, make_request_sampler
+from cv2jax.synthesis.speech_stream import SpeechRequest, generate
+from cv2jax.tasks.stages import make_speech_stage
 from cv2jax.tasks.trained import TokenReader
 from cv2jax.text.characters import normalize_transcript
 from cv2jax.text.tags import END_OF_PROMPT, split_prefix, split_prefix_tokens
@@ -34,7 +35,9 @@ class FreeRun:
         self._requests = []
         for record in self._records:
             prefix, text = split_prefix_tokens(record.text_tokens, end_of_prompt)
-            self._requests.append(Request(text_tokens=text, prompt_text_tokens=prefix, name=f"utterance {record.id!r}"))
+            self._requests.append(
+                SpeechRequest(text_tokens=text, prompt_text_tokens=prefix, name=f"utterance {record.id!r}")
+            )
         run = config.data.speech_tokenizer
         self._reader = TokenReader(run, data.corpus.metadata.speech_tokenizer) if run else None
 
@@ -47,9 +50,8 @@ class FreeRun:
         sampler = make_request_sampler(options)
         row = sampler.options(options)
         with jax.set_mesh(mesh), axis_rules():
-            results = generate(
-                self._model_config, params, self._requests, sampler, options=row, seed=self._seed, stream=stream
-            )
+            stage = make_speech_stage(self._model_config, params, sampler)
+            results = generate(stage, self._requests, options=row, seed=self._seed, stream=stream)
         spoken = [result.speech_tokens for result in results]
         references = [record.speech_tokens for record in self._records]
         metrics = free_running_metrics(spoken, [result.status for result in results], references)

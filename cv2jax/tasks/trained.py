@@ -118,7 +118,7 @@ def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]
 
 
 def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[FlowMatchingConfig, Any]:
-    """(config in fp32, parameters over the mesh) of a flow's run, for `FlowStreams` and `FlowSolver`.
+    """(config in fp32, parameters over the mesh) of a flow's run, for `make_mel_stage`.
 
     Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
     is a run of another stage.
@@ -134,7 +134,7 @@ def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = Non
 
 
 def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[HiftVocoderConfig, Any]:
-    """(config in fp32, the generator's parameters over the mesh) of a vocoder's run, for `HiftStreams` and `synthesise`.
+    """(config in fp32, the generator's parameters over the mesh) of a vocoder's run, for `make_wave_stage`.
 
     Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
     is a run of another stage.

@@ -12,11 +12,12 @@ from cv2jax.data.tokens import TokenWriter, read_speech_tokens
 from cv2jax.models.flow_matching.draws import draw
 from cv2jax.models.flow_matching.generate import generate
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
-from cv2jax.models.flow_matching.stream import FlowStreams
-from cv2jax.models.flow_matching.voice import Voice
 from cv2jax.nn.masks import ChunkMask
 from cv2jax.parallel.mesh import make_mesh
+from cv2jax.synthesis.mel_stream import MelStreams
+from cv2jax.synthesis.prompt import Prompt
 from cv2jax.tasks import flow_matching, make_task
+from cv2jax.tasks.stages import make_mel_stage
 from cv2jax.tasks.trained import load_flow
 from cv2jax.train.loop import train
 from tests.models.golden_flow import random_params, small_config
@@ -121,8 +122,8 @@ def test_it_learns_reports_what_is_heard_and_is_streamed(corpus, tmp_path):
     [want] = generate(
         FlowMatching(model_config), params, jax.device_put(batch), key[None], mask
     )  # as evaluations stream
-    streams = FlowStreams(model_config, params, mask)
-    stream = streams.start(streams.enroll(Voice(speaker_embedding=speaker)), key)
+    streams = MelStreams(make_mel_stage(model_config, params), mask)
+    stream = streams.start(streams.enroll(Prompt(speaker_embedding=speaker)), key)
     got = [stream.hop(tokens[:25], tokens[25:28]), stream.hop(tokens[25:50], tokens[50:53]), stream.hop(tokens[50:])]
     np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
 

@@ -11,11 +11,12 @@ from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.data.shards import Corpus
 from cv2jax.jobs.f0 import compute_f0
 from cv2jax.jobs.report import write_report
-from cv2jax.models.hift_vocoder.stream import HiftStreams, synthesise
 from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
+from cv2jax.synthesis.wave_stream import WaveStreams, synthesise
 from cv2jax.tasks import make_task
+from cv2jax.tasks.stages import make_wave_stage
 from cv2jax.tasks.trained import load_vocoder
 from cv2jax.train.gan_step import DISCRIMINATORS, GENERATOR
 from cv2jax.train.loop import train
@@ -87,9 +88,10 @@ def test_it_learns_reports_and_speaks(corpus, tmp_path):
     assert generator == make_task(config).model_config.generator
     wave = Corpus(corpus).split("test").read(0).waveform.astype(np.float32) / 32768
     mel = np.asarray(mel_spectrogram(wave[None])[0])[0].T
-    made = synthesise(generator, params, mel, jax.random.key(3))
+    stage = make_wave_stage(generator, params)
+    made = synthesise(stage, mel, jax.random.key(3))
     assert made.shape == (480 * len(mel),)
-    stream = HiftStreams(generator, params).start(jax.random.key(3))
+    stream = WaveStreams(stage).start(jax.random.key(3))
     hops = [stream.hop(mel[:7]), stream.hop(mel[7:], last=True)]
     np.testing.assert_allclose(np.concatenate(hops), made, atol=1e-4)
 

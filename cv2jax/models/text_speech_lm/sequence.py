@@ -15,19 +15,26 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int32, Integer
+from jaxtyping import Bool, Float, Int32, Integer
 
 from cv2jax.config import UserError
-
-Ratio = tuple[int, int]  # (N text tokens, M speech tokens) of one bistream group
+from cv2jax.text.layout import (
+    MIX_RATIO,
+    SOS,
+    SPECIAL,
+    SPEECH,
+    TASK,
+    TEXT,
+    Ratio,
+    check_ratio,
+    check_token_ids,
+    row_length,
+)
 
 # Neither flax nor jax here: the processes of a loader lay out rows too.
-SPECIAL, TEXT, SPEECH = 0, 1, 2  # kinds of an input token: which table embeds it
 NUM_SPECIAL = 2  # sos, task
 NUM_STOPS = 3  # eos, an id that no official code uses, fill: behind the speech tokens
 IGNORE = -1  # a target that does not count
-SOS, TASK = 0, 1  # tokens of kind SPECIAL
-MIX_RATIO: Ratio = (5, 15)
 BISTREAM_SHARE = 0.5  # of the utterances that have speech enough
 
 
@@ -70,22 +77,12 @@ def is_bistream(
     Works on numbers and on columns of them. With L / T > M / N every full group of text finds its M speech tokens.
     Raises UserError for a ratio that is not positive.
     """
-    num_group_text, num_group_speech = _check_ratio(ratio)
+    num_group_text, num_group_speech = check_ratio(ratio)
     # Upstream divides int32 tensors, which gives float32. Rounding keeps order: what is > here is > exactly.
     with np.errstate(divide="ignore", invalid="ignore"):  # an empty text is for build_row to report
         speech_per_text = np.asarray(num_speech, np.float32) / np.asarray(num_text, np.float32)
     enough = speech_per_text > np.float32(num_group_speech / num_group_text)
     return np.asarray((np.asarray(coin) < BISTREAM_SHARE) & enough)
-
-
-def row_length(
-    num_text: int | Integer[np.ndarray, "*B"], num_speech: int | Integer[np.ndarray, "*B"]
-) -> Int[np.ndarray, "*B"]:
-    """P = T + L + 2 of the row that `build_row` makes, for numbers or columns of them.
-
-    The coin does not enter: a plan of packed rows made ahead holds whichever way each utterance is laid out.
-    """
-    return np.asarray(np.asarray(num_text, np.int64) + np.asarray(num_speech, np.int64) + 2)
 
 
 def build_row(
@@ -106,9 +103,9 @@ def build_row(
     and for bistream with fewer than M speech tokens to a full group of N text tokens.
     """
     num_text, num_speech, num_groups = len(text_tokens), len(speech_tokens), 0
-    _check_tokens(f"{name}: text token", text_tokens, text_vocabulary_size)
-    _check_tokens(f"{name}: speech token", speech_tokens, num_speech_tokens)
-    num_group_text, num_group_speech = _check_ratio(ratio)
+    check_token_ids(f"{name}: text token", text_tokens, text_vocabulary_size)
+    check_token_ids(f"{name}: speech token", speech_tokens, num_speech_tokens)
+    num_group_text, num_group_speech = check_ratio(ratio)
     if bistream:
         num_groups = num_text // num_group_text
     _check_lengths(name, num_text, num_speech, num_groups * num_group_speech, ratio, max_length)
@@ -191,21 +188,6 @@ def collate(rows: Sequence[Row], length: int) -> dict[str, np.ndarray]:
         for name in ("token", "kind", "targets"):
             batch[name][i, : len(row)] = getattr(row, name)
     return batch
-
-
-def _check_ratio(ratio: Ratio) -> Ratio:
-    if min(ratio) < 1:
-        raise UserError(f"ratio {ratio[0]}:{ratio[1]} of text to speech tokens: both must be positive")
-    return ratio
-
-
-def _check_tokens(what: str, tokens: Integer[np.ndarray, " T"], size: int) -> None:
-    outside = (tokens < 0) | (tokens >= size)
-    if np.any(outside):
-        at = int(np.argmax(outside))
-        raise UserError(
-            f"{what} {tokens[at]} at {at} lies outside the vocabulary of {size}; is this the model's own tokenizer?"
-        )
 
 
 def _check_lengths(

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from cv2jax.config import MeshConfig, UserError
-from cv2jax.models.text_speech_lm import decode, sequence, stream
+from cv2jax.models.text_speech_lm import decode, sequence
 from cv2jax.models.text_speech_lm.model import TextSpeechLm, init_params
 from cv2jax.nn.masks import causal_mask
 from cv2jax.nn.stack import stack_layers
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules
+from cv2jax.synthesis import speech_stream
 from cv2jax.synthesis.sampling import RequestSampler, SamplingOptions
+from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechResult, SpeechStreams
+from cv2jax.synthesis.stages import STATUS_NAMES
+from cv2jax.tasks.stages import make_speech_stage
 from tests.models.golden_lm import golden_config, golden_params
 
 CONFIG, SAMPLER = golden_config(), RequestSampler()
@@ -36,7 +40,7 @@ def cut(tokens, rng):
 
 def request(seed, num_text, num_prompt_text=0, num_prompt_speech=0, **settings):
     rng = np.random.default_rng(seed)
-    return stream.Request(
+    return SpeechRequest(
         text_tokens=rng.integers(0, 512, num_text),
         prompt_text_tokens=rng.integers(0, 512, num_prompt_text),
         prompt_speech_tokens=rng.integers(0, 61, num_prompt_speech),
@@ -51,8 +55,13 @@ GREEDY = SAMPLER.options(SamplingOptions(temperature=0.0))
 
 
 def generate(params, requests=REQUESTS, **settings):
-    settings = {"options": DRAWS, "seed": 5, "num_steps": 4} | settings
-    return stream.generate(CONFIG, params, requests, SAMPLER, **settings)
+    settings = {"options": DRAWS, "seed": 5} | settings
+    made = {name: settings.pop(name) for name in ("num_steps", "max_positions") if name in settings}
+    return speech_stream.generate(stage_of(params, **made), requests, **settings)
+
+
+def stage_of(params, **settings):
+    return make_speech_stage(CONFIG, params, SAMPLER, **({"num_steps": 4} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +130,7 @@ def test_tokens_depend_on_no_mates_slots_or_hops(params, wanted, arriving):
 def test_text_in_random_pieces_gives_the_tokens_of_one_piece(params, wanted):
     want, rng = wanted[True], np.random.default_rng(0)
     for _ in range(3):
-        streams = stream.Streams(
-            CONFIG, decode.decoder_params(CONFIG, params), SAMPLER, options=DRAWS, num_slots=8, num_steps=4
-        )
+        streams = SpeechStreams(stage_of(params), options=DRAWS, num_slots=8)
         slots = rng.permutation(8)[: len(REQUESTS)]
         pieces = [cut(r.text_tokens, rng) for r in REQUESTS]
         for i, slot in enumerate(slots):
@@ -142,16 +149,14 @@ def test_text_in_random_pieces_gives_the_tokens_of_one_piece(params, wanted):
                 drawn[i].extend(result.speech_tokens)
                 status[i] = result.status
         same(
-            [stream.Result(speech_tokens=np.array(d, np.int32), status=s) for d, s in zip(drawn, status, strict=True)],
+            [SpeechResult(speech_tokens=np.array(d, np.int32), status=s) for d, s in zip(drawn, status, strict=True)],
             want,
         )
         assert status == [r.status for r in want]
 
 
 def test_a_slot_is_as_new_for_its_next_request(params, wanted):
-    streams = stream.Streams(
-        CONFIG, decode.decoder_params(CONFIG, params), SAMPLER, options=DRAWS, arriving=False, num_steps=1
-    )
+    streams = SpeechStreams(stage_of(params, num_steps=1), options=DRAWS, arriving=False)
     want = wanted[False]
     for i in (1, 0):
         streams.open(0, REQUESTS[i], jax.random.fold_in(jax.random.key(5), i), flushed=True)
@@ -194,9 +199,9 @@ def test_a_mesh_gives_the_same_tokens(params):
         (request(0, 3, max_length=40_000), r"^u: .* take 40005 positions, more than 32768"),
         (request(0, 3, min_length=5, max_length=4), r"^u: min_length=5, max_length=4"),
         (request(0, 3, max_length=0), r"^u: min_length=0, max_length=0"),
-        (stream.Request(text_tokens=np.array([5, 512])), r"^u: text token 512 at 1 lies outside"),
+        (SpeechRequest(text_tokens=np.array([5, 512])), r"^u: text token 512 at 1 lies outside"),
         (
-            stream.Request(text_tokens=np.array([5]), prompt_speech_tokens=np.array([61])),
+            SpeechRequest(text_tokens=np.array([5]), prompt_speech_tokens=np.array([61])),
             r"^u: speech token 61 at 0 lies outside",
         ),
     ],
@@ -207,9 +212,9 @@ def test_errors(params, asked, message):
     assert "\n" not in str(error.value)
 
 
-def make_streams(params, **settings):
-    settings = {"options": DRAWS, "num_steps": 7} | settings
-    return stream.Streams(CONFIG, decode.decoder_params(CONFIG, params), SAMPLER, **settings)
+def make_streams(params, num_steps=7, max_positions=32_768, **settings):
+    stage = stage_of(params, num_steps=num_steps, max_positions=max_positions)
+    return SpeechStreams(stage, **({"options": DRAWS} | settings))
 
 
 def run(streams, slot=0):
@@ -226,23 +231,23 @@ def run(streams, slot=0):
 
 @pytest.mark.parametrize("arriving", [False, True])
 def test_a_text_that_fits_is_spoken_up_to_the_end_of_the_context(params, monkeypatch, arriving):
-    monkeypatch.setattr(stream, "MAX_POSITIONS", 128)
     monkeypatch.setattr(decode, "grow", None)  # the smallest cache holds such a context
     room = 128 - 2 - 20 - 5
     asked = [request(1, 20, 2, 3, min_length=room), request(2, 20, 2, 3, max_length=room)]
-    results = generate(params, asked, stream=arriving, num_steps=25)
+    results = generate(params, asked, stream=arriving, num_steps=25, max_positions=128)
     assert (results[0].status, len(results[0].speech_tokens)) == ("hit_limit", room)
     for settings in ({"min_length": room + 1}, {"max_length": room + 1}):
         with pytest.raises(UserError, match=r"^request: .* 102 speech tokens take 129 positions, more than 128; split"):
-            generate(params, [request(1, 20, 2, 3, **settings)], stream=arriving)
+            generate(params, [request(1, 20, 2, 3, **settings)], stream=arriving, max_positions=128)
     with pytest.raises(UserError, match="at least 84 speech tokens take 133 positions"):
-        generate(params, [request(1, 42, 2, 3)], stream=arriving)  # of which two a text token is the least
+        generate(
+            params, [request(1, 42, 2, 3)], stream=arriving, max_positions=128
+        )  # of which two a text token is the least
 
 
-def test_text_is_refused_where_it_leaves_no_room_and_the_request_goes_on(params, monkeypatch):
-    monkeypatch.setattr(stream, "MAX_POSITIONS", 60)
-    streams, text = make_streams(params), request(4, 14).text_tokens
-    streams.open(0, stream.Request(text_tokens=text[:9], name="u"), jax.random.fold_in(jax.random.key(5), 0))
+def test_text_is_refused_where_it_leaves_no_room_and_the_request_goes_on(params):
+    streams, text = make_streams(params, max_positions=60), request(4, 14).text_tokens
+    streams.open(0, SpeechRequest(text_tokens=text[:9], name="u"), jax.random.fold_in(jax.random.key(5), 0))
     tokens, status = run(streams)
     assert (len(tokens), status) == (15, "waiting")
     with pytest.raises(UserError, match=r"^u: .* at least 40 speech tokens take 62 positions, more than 60; split"):
@@ -252,13 +257,12 @@ def test_text_is_refused_where_it_leaves_no_room_and_the_request_goes_on(params,
     assert (len(more), status) == (15, "waiting")
     streams.flush(0)
     rest, status = run(streams)
-    (want,) = generate(params, [stream.Request(text_tokens=text)], stream=True)
+    (want,) = generate(params, [SpeechRequest(text_tokens=text)], stream=True, max_positions=60)
     assert (tokens + more + rest, status) == (want.speech_tokens.tolist(), want.status)
 
 
-def test_speech_that_fills_the_room_before_the_text_ends_hits_the_limit(params, monkeypatch):
-    monkeypatch.setattr(stream, "MAX_POSITIONS", 40)
-    streams = make_streams(params, num_steps=9)
+def test_speech_that_fills_the_room_before_the_text_ends_hits_the_limit(params):
+    streams = make_streams(params, num_steps=9, max_positions=40)
     streams.open(0, request(4, 10, min_length=3), jax.random.key(5))
     assert [len(streams.advance()[0].speech_tokens) for _ in range(3)] == [9, 6, 9]
     with pytest.raises(UserError, match="at least 25 speech tokens take 41"):
@@ -272,7 +276,7 @@ def test_speech_that_fills_the_room_before_the_text_ends_hits_the_limit(params, 
 
 def test_a_refused_flush_leaves_the_request_open(params):
     streams = make_streams(params)
-    empty = stream.Request(text_tokens=np.zeros(0, np.int32), prompt_text_tokens=np.arange(3), max_length=4)
+    empty = SpeechRequest(text_tokens=np.zeros(0, np.int32), prompt_text_tokens=np.arange(3), max_length=4)
     for _ in range(2):
         streams.open(0, empty, jax.random.key(0))
         with pytest.raises(UserError, match=r"^request: has no text tokens"):
@@ -296,7 +300,7 @@ def test_a_refused_flush_leaves_the_request_open(params):
     ],
 )
 def test_options_of_a_request_are_checked_before_it_takes_a_slot(params, options, message):
-    asked = stream.Request(text_tokens=np.arange(3), options=options, name="u", max_length=2)
+    asked = SpeechRequest(text_tokens=np.arange(3), options=options, name="u", max_length=2)
     streams = make_streams(params)
     with pytest.raises(UserError, match=message):
         streams.open(0, asked, jax.random.key(0))
@@ -307,6 +311,24 @@ def test_options_of_a_request_are_checked_before_it_takes_a_slot(params, options
         make_streams(params, options=options)
     streams.open(0, dataclasses.replace(asked, options={"temperature": 0}), jax.random.key(0), flushed=True)
     assert len(run(streams)[0]) == 2
+
+
+@pytest.mark.parametrize("arriving", [False, True])
+def test_a_dispatch_stops_where_someone_waits_and_draws_the_same(params, wanted, arriving):
+    streams, tokens, sizes = make_streams(params, num_steps=25, arriving=arriving, num_slots=2), [], []
+    for i in (0, 1):
+        streams.open(i, REQUESTS[i], jax.random.fold_in(jax.random.key(5), i), flushed=True)
+    for limit in (1, 6, 11, None, 3) * 9:
+        if result := streams.advance(limit).get(0):
+            sizes.append(len(result.speech_tokens))
+            tokens.extend(result.speech_tokens)
+    assert sizes[:2] == [1, 6]
+    assert max(sizes) <= 25
+    np.testing.assert_array_equal(tokens, wanted[arriving][0].speech_tokens)
+
+
+def test_a_stage_speaks_of_statuses_as_the_model_does():
+    assert STATUS_NAMES == decode.STATUS_NAMES
 
 
 def test_nothing_to_do(params):

@@ -9,34 +9,36 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.models.flow_matching import stream as stream_module
-from cv2jax.models.flow_matching.config import LOOKAHEAD
-from cv2jax.models.flow_matching.model import FlowMatching
-from cv2jax.models.flow_matching.offline import FlowSolver, NotFinite
-from cv2jax.models.flow_matching.step import step
-from cv2jax.models.flow_matching.stream import FlowStreams
-from cv2jax.models.flow_matching.voice import Request, Voice, check_tokens
+from cv2jax.models.flow_matching import config as flow_config
+from cv2jax.models.flow_matching.stream import recycle, step_program
 from cv2jax.nn.masks import NO_CHUNK, ChunkMask
+from cv2jax.synthesis import mel_stream as stream_module
+from cv2jax.synthesis.mel_solver import MelSolver, NotFinite
+from cv2jax.synthesis.mel_stream import MelStreams
+from cv2jax.synthesis.prompt import MelRequest, Prompt, check_tokens
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
+from cv2jax.tasks.stages import make_mel_stage
 from tests.models.golden_flow import random_params, small_config
 
 CONFIG = small_config()
 PARAMS = random_params(CONFIG)
+STAGE = make_mel_stage(CONFIG, PARAMS)
 FULL, BOUNDED = ChunkMask(chunk=5), ChunkMask(chunk=5, left=4)
 
 
 @functools.cache
-def streams(mask: ChunkMask) -> FlowStreams:
-    return FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,))
+def streams(mask: ChunkMask) -> MelStreams:
+    return MelStreams(STAGE, mask, hop_sizes=(10,))
 
 
 @functools.cache
-def solver(mask: ChunkMask) -> FlowSolver:
-    return FlowSolver(CONFIG, PARAMS, mask, max_rows=4, bucket=40)
+def solver(mask: ChunkMask) -> MelSolver:
+    return MelSolver(STAGE, mask, max_rows=4, bucket=40)
 
 
-def make_voice(num_tokens: int, seed: int = 0) -> Voice:
+def make_voice(num_tokens: int, seed: int = 0) -> Prompt:
     rng = np.random.default_rng(seed)
-    return Voice(
+    return Prompt(
         speaker_embedding=rng.normal(size=CONFIG.speaker_dim).astype(np.float32),
         speech_tokens=rng.integers(0, CONFIG.num_speech_tokens, num_tokens),
         mel=rng.normal(size=(2 * num_tokens, CONFIG.num_mels)).astype(np.float32),
@@ -70,7 +72,7 @@ def test_a_stream_is_the_whole_request_with_any_prompt(mask, num_prompt):
     assert solved.num_solved == {0: 0, 2: 0, 10: 5, 12: 5, 13: 10}[num_prompt]
     for seed in range(2):  # a voice serves many requests
         key = jax.random.key(seed)
-        [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+        [want] = solver(mask)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
         got = hear(streams(mask).start(solved, key), tokens, seed)
         assert got.shape == (48, CONFIG.num_mels)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
@@ -84,7 +86,7 @@ def test_a_causal_stream_ends_a_hop_anywhere(mask):
     stream = streams(mask).start(streams(mask).enroll(voice), key)
     assert stream.num_to_border() == 1
     got = [stream.hop(tokens[:1], tokens[1:4]), stream.hop(tokens[1:13], tokens[13:16]), stream.hop(tokens[13:])]
-    [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    [want] = solver(mask)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
 
 
@@ -93,8 +95,8 @@ def test_a_bounded_stream_needs_no_more_room_than_prompt_and_left_context(monkey
     monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 1)
     voice, tokens, key = make_voice(13), make_tokens(64), jax.random.key(4)
     solved = streams(BOUNDED).enroll(voice)
-    assert stream_module._num_slots(solved.state) == 17
-    [want] = solver(BOUNDED)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    assert solved.room == 17
+    [want] = solver(BOUNDED)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     got = hear(streams(BOUNDED).start(solved, key), tokens, 0)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
@@ -103,11 +105,12 @@ def test_a_bounded_stream_needs_no_more_room_than_prompt_and_left_context(monkey
 def test_a_stream_in_bfloat16_is_near_the_whole_request():
     config = small_config(dtype="bfloat16")
     voice, tokens, key = make_voice(7), make_tokens(24), jax.random.key(2)
-    half = FlowStreams(config, PARAMS, FULL, hop_sizes=(10,))
-    [want] = FlowSolver(config, PARAMS, FULL, bucket=40)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    stage = make_mel_stage(config, PARAMS)
+    half = MelStreams(stage, FULL, hop_sizes=(10,))
+    [want] = MelSolver(stage, FULL, bucket=40)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     got = hear(half.start(half.enroll(voice), key), tokens, 0)
     assert got.dtype == want.dtype == np.float32
-    [exact] = solver(FULL)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    [exact] = solver(FULL)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     # As far from each other as each is from fp32.
     assert np.abs(got - want).mean() <= 1.5 * np.abs(exact - want).mean()
 
@@ -115,13 +118,13 @@ def test_a_stream_in_bfloat16_is_near_the_whole_request():
 @pytest.mark.full
 def test_the_official_chunk_with_a_prompt_of_87_tokens():
     voice, tokens, mask, key = make_voice(87), make_tokens(70), ChunkMask(chunk=25), jax.random.key(3)
-    assert FlowStreams(CONFIG, PARAMS, mask).hop_sizes == (25, 50, 100)
-    official = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(25,))  # one program; longer hops are cut
+    assert MelStreams(STAGE, mask).hop_sizes == (25, 50, 100)
+    official = MelStreams(STAGE, mask, hop_sizes=(25,))  # one program; longer hops are cut
     solved = official.enroll(voice)
     assert solved.num_solved == 75
     stream = official.start(solved, key)
     assert stream.num_to_border() == 13
-    [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    [want] = solver(mask)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     got = [stream.hop(tokens[:13], tokens[13:16]), stream.hop(tokens[13:63], tokens[63:66]), stream.hop(tokens[63:])]
     assert [len(part) for part in got] == [26, 100, 14]
     np.testing.assert_allclose(np.concatenate(got), want, rtol=0, atol=1e-4)
@@ -133,13 +136,13 @@ def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
     voice, tokens, key = make_voice(7), make_tokens(64), jax.random.key(0)
     rooms = {}
     for mask in (FULL, BOUNDED):
-        these = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,))
+        these = MelStreams(STAGE, mask, hop_sizes=(10,))
         stream = these.start(these.enroll(voice), key)
         first = stream.hop(tokens[:58], tokens[58:61])
-        rooms[mask] = stream_module._num_slots(stream._state)
+        rooms[mask] = stream._room
         got = np.concatenate([first, stream.hop(tokens[58:])])
         np.testing.assert_allclose(
-            got, solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])[0], rtol=0, atol=1e-4
+            got, solver(mask)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])[0], rtol=0, atol=1e-4
         )
     assert rooms == {FULL: 80, BOUNDED: 25}
 
@@ -148,29 +151,29 @@ def test_caches_grow_with_what_is_seen_and_bounded_ones_do_not(monkeypatch):
 def test_official_noise_counts_from_the_start_of_the_prompt():
     config = small_config(num_mels=80)
     params, tokens, mask = random_params(config), make_tokens(12), ChunkMask(chunk=5)
-    options = {"use_official_noise": True}
     embedding, key = np.ones(config.speaker_dim, np.float32), jax.random.key(0)
-    voice = Voice(speaker_embedding=embedding, speech_tokens=make_tokens(9), mel=np.ones((18, 80), np.float32))
-    both = FlowStreams(config, params, mask, hop_sizes=(10,), **options)
-    [want] = FlowSolver(config, params, mask, bucket=21, **options)([Request(voice=voice, speech_tokens=tokens)])
+    voice = Prompt(speaker_embedding=embedding, speech_tokens=make_tokens(9), mel=np.ones((18, 80), np.float32))
+    stage = make_mel_stage(config, params, use_official_noise=True)
+    both = MelStreams(stage, mask, hop_sizes=(10,))
+    [want] = MelSolver(stage, mask, bucket=21)([MelRequest(voice=voice, speech_tokens=tokens)])
     got = hear(both.start(both.enroll(voice), key), tokens, 0)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
-    [drawn] = FlowSolver(config, params, mask, bucket=21)([Request(voice=voice, speech_tokens=tokens)])
+    [drawn] = MelSolver(make_mel_stage(config, params), mask, bucket=21)(
+        [MelRequest(voice=voice, speech_tokens=tokens)]
+    )
     assert np.abs(drawn - want).max() > 1e-2
     with pytest.raises(UserError, match=r"long: has 15002 frames with its prompt, the official noise 15000 \(300 s\)"):
-        FlowSolver(config, params, mask, **options)(
-            [Request(voice=voice, speech_tokens=make_tokens(7492), name="long")]
-        )
+        MelSolver(stage, mask)([MelRequest(voice=voice, speech_tokens=make_tokens(7492), name="long")])
     with pytest.raises(UserError, match="the official noise has 80 mel bins, the model 8"):
-        FlowSolver(CONFIG, PARAMS, mask, **options)([Request(voice=make_voice(0), speech_tokens=tokens)])
+        make_mel_stage(CONFIG, PARAMS, use_official_noise=True)
 
 
 def test_a_request_does_not_depend_on_its_batch():
     requests = [
-        Request(voice=make_voice(p, p), speech_tokens=make_tokens(n, n), key=jax.random.key(n), name=f"r{n}")
+        MelRequest(voice=make_voice(p, p), speech_tokens=make_tokens(n, n), key=jax.random.key(n), name=f"r{n}")
         for p, n in ((0, 3), (7, 21), (12, 30), (0, 38), (3, 60))
     ]
-    together = FlowSolver(CONFIG, PARAMS, FULL, max_rows=4, bucket=80)(requests)
+    together = MelSolver(STAGE, FULL, max_rows=4, bucket=80)(requests)
     assert [len(mel) for mel in together] == [6, 42, 60, 76, 120]
     for request, mel in zip(requests, together, strict=True):
         np.testing.assert_allclose(mel, solver(FULL)([request])[0], rtol=0, atol=1e-5)
@@ -188,25 +191,25 @@ def test_what_a_voice_cannot_be():
         ({"speaker_embedding": np.ones(192)}, r"has shape \(192,\), the model takes \(6,\)"),
     ):
         with pytest.raises(UserError, match=message):
-            streams(FULL).enroll(Voice(name="ann", **(fields | changes)))
+            streams(FULL).enroll(Prompt(name="ann", **(fields | changes)))
     with pytest.raises(UserError, match="r: has no speech tokens"):
-        solver(FULL)([Request(voice=voice, speech_tokens=make_tokens(0), name="r")])
+        solver(FULL)([MelRequest(voice=voice, speech_tokens=make_tokens(0), name="r")])
     for tokens in (np.array([1.0, 2.0]), np.array([[1, 2]])):
         with pytest.raises(UserError, match=rf"r: speech tokens of shape {re.escape(str(tokens.shape))} and type"):
-            check_tokens(tokens, CONFIG, "r")
+            check_tokens(tokens, STAGE, "r")
 
 
 @pytest.mark.full
 def test_a_warm_stream_compiles_nothing(monkeypatch):
     monkeypatch.setattr(stream_module, "_ROOM", 25)
     voice, tokens = make_voice(7), make_tokens(64)
-    compiled = jax.jit(functools.partial(step, FlowMatching(CONFIG)), donate_argnums=1)
-    these = FlowStreams(CONFIG, PARAMS, FULL, hop_sizes=(5, 40))
-    these._step = compiled
+    compiled = step_program(CONFIG)
+    compiled.clear_cache()
+    these = MelStreams(STAGE, FULL, hop_sizes=(5, 40))
     solved = these.enroll(voice)
     these.warm_up(solved, len(tokens))
     assert compiled._cache_size() == 6  # 25, 50 and 100 slots
-    counts = lambda: (compiled._cache_size(), stream_module.recycle._cache_size())  # noqa: E731
+    counts = lambda: (compiled._cache_size(), recycle._cache_size())  # noqa: E731
     warm = counts()
     for _ in range(2):  # the second one in the memory of the first
         assert len(hear(these.start(solved, jax.random.key(0)), tokens, 0)) == 128
@@ -224,15 +227,15 @@ def test_a_warm_stream_compiles_nothing(monkeypatch):
 def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
     monkeypatch.setattr(stream_module, "_ROOM", 25)
     monkeypatch.setattr(stream_module, "_BOUNDED_ROOM", 10)
-    these, key = FlowStreams(CONFIG, PARAMS, mask, hop_sizes=(10,)), jax.random.key(3)
+    these, key = MelStreams(STAGE, mask, hop_sizes=(10,)), jax.random.key(3)
     lengths = (60, 7, 30)  # the second one in what the first one has grown
     for voice, length in zip((make_voice(n, n) for n in (12, 0, 13)), lengths, strict=True):
         solved, tokens = these.enroll(voice), make_tokens(length)
         taken, other = these.start(solved, key), these.start(solved, key)  # two at once do not share any
-        [want] = solver(mask)([Request(voice=voice, speech_tokens=tokens, key=key)])
+        [want] = solver(mask)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
         for stream in (taken, other):
             np.testing.assert_allclose(hear(stream, tokens, length), want, rtol=0, atol=1e-4)
-        free = these._kept[-1].cache.keys
+        free = these._kept[-1][1].cache.keys
         assert len(these._kept) == 1
         again = these.start(solved, key)
         assert free.is_deleted()
@@ -241,9 +244,9 @@ def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
 
 def test_batches_have_no_more_rows_than_is_allowed():
     voice, shapes = make_voice(0), []
-    few = FlowSolver(CONFIG, PARAMS, FULL, max_rows=3, bucket=10)
-    few._solve = lambda params, batch, noise, mask: shapes.append(noise.shape) or noise
-    assert len(few([Request(voice=voice, speech_tokens=make_tokens(5))] * 5)) == 5
+    few = MelSolver(STAGE, FULL, max_rows=3, bucket=10)
+    few._solve = lambda batch: shapes.append(batch.noise.shape) or batch.noise
+    assert len(few([MelRequest(voice=voice, speech_tokens=make_tokens(5))] * 5)) == 5
     assert shapes == [(3, 20, 8), (2, 20, 8)]
 
 
@@ -266,7 +269,7 @@ def test_a_hop_that_cannot_be_leaves_the_stream_as_it_was():
         stream.hop((tokens[3:] + 1) % 40)
     with pytest.raises(UserError, match="req: goes on with"):
         stream.hop(tokens[3:5])
-    [want] = solver(FULL)([Request(voice=voice, speech_tokens=tokens, key=key)])
+    [want] = solver(FULL)([MelRequest(voice=voice, speech_tokens=tokens, key=key)])
     got = np.concatenate([first, hear(stream, tokens[3:], 1)])
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="ann: was solved for another mask or model"):
@@ -283,15 +286,16 @@ def test_a_mel_that_is_not_finite_is_reported_with_its_place():
     tokens[9] = 39  # seen by the look-ahead of token 6, in the chunk of tokens 5 … 9
     voice = make_voice(0)
     # In one solve the weights of what is masked are 0, and 0 times no number is none.
+    stage = make_mel_stage(CONFIG, broken)
     given = {"fine": np.zeros(7, np.int32), "req": tokens}
-    requests = [Request(voice=voice, speech_tokens=ids, name=name) for name, ids in given.items()]
+    requests = [MelRequest(voice=voice, speech_tokens=ids, name=name) for name, ids in given.items()]
     message = r"^req: the mel is not finite from frame 0 \(0.00 s, speech token 0\) on"
     with pytest.raises(NotFinite, match=message) as found:
-        FlowSolver(CONFIG, broken, FULL, bucket=20)(requests)
+        MelSolver(stage, FULL, bucket=20)(requests)
     assert "fine" not in str(found.value)
     assert [None if mel is None else mel.shape for mel in found.value.mels] == [(14, 8), None]
     assert np.isfinite(found.value.mels[0]).all()
-    these = FlowStreams(CONFIG, broken, FULL, hop_sizes=(10,))
+    these = MelStreams(stage, FULL, hop_sizes=(10,))
     stream = these.start(these.enroll(voice), jax.random.key(0), "req")
     assert np.isfinite(stream.hop(tokens[:5], tokens[5:8])).all()
     with pytest.raises(UserError, match=r"req: the mel is not finite from frame 10 \(0.20 s, speech token 5\) on"):
@@ -299,25 +303,29 @@ def test_a_mel_that_is_not_finite_is_reported_with_its_place():
     assert stream.has_ended
     with pytest.raises(UserError, match="ann: the mel is not finite from frame 0"):
         these.enroll(
-            Voice(name="ann", speaker_embedding=voice.speaker_embedding, speech_tokens=tokens, mel=np.ones((40, 8)))
+            Prompt(name="ann", speaker_embedding=voice.speaker_embedding, speech_tokens=tokens, mel=np.ones((40, 8)))
         )
 
 
 def test_masks_that_were_not_trained_are_named_with_those_that_were(caplog):
     config = small_config(mask_chunks=(0, 5), mask_lefts=(-1, 4), mask_prompts=(0, -1))
     with caplog.at_level("WARNING"):
-        FlowStreams(config, PARAMS, ChunkMask(chunk=5, left=4))
-        FlowSolver(config, PARAMS, ChunkMask(chunk=NO_CHUNK))
+        MelStreams(make_mel_stage(config, PARAMS), ChunkMask(chunk=5, left=4))
+        MelSolver(make_mel_stage(config, PARAMS), ChunkMask(chunk=NO_CHUNK))
     assert not caplog.records
     with caplog.at_level("WARNING"):
-        FlowStreams(config, PARAMS, ChunkMask(chunk=7))
+        MelStreams(make_mel_stage(config, PARAMS), ChunkMask(chunk=7))
     [record] = caplog.records
     assert record.getMessage() == ("mask chunk 7: the flow was not trained for it, only for all, chunk 5 left 4")
 
 
 def test_masks_and_sizes_that_cannot_stream():
     with pytest.raises(UserError, match="a mask without chunks"):
-        FlowStreams(CONFIG, PARAMS, ChunkMask(chunk=NO_CHUNK))
+        MelStreams(STAGE, ChunkMask(chunk=NO_CHUNK))
     for sizes in ((5, 12), (0,)):
         with pytest.raises(UserError, match="must be multiples of the chunk, 5 tokens"):
-            FlowStreams(CONFIG, PARAMS, FULL, hop_sizes=sizes)
+            MelStreams(STAGE, FULL, hop_sizes=sizes)
+
+
+def test_a_stage_counts_as_the_model_does():
+    assert (FRAMES_PER_TOKEN, LOOKAHEAD) == (flow_config.FRAMES_PER_TOKEN, flow_config.LOOKAHEAD)

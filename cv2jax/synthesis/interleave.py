@@ -1,6 +1,6 @@
 """What a request feeds next and how many tokens it draws then: a pure state machine over token ids.
 
-`init`, `push_text`, `flush`, `step` lay out what `sequence.build_row` does, prompt text in front of the text and prompt
+`init`, `push_text`, `flush`, `step` lay out what the training's `build_row` does, prompt text in front of the text and prompt
 speech in front of what is drawn:
 
     [sos] (N text, M speech)… rest of the text [task] rest of the speech
@@ -15,8 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cv2jax.config import UserError
-from cv2jax.models.text_speech_lm.sequence import MIX_RATIO, SOS, SPECIAL, SPEECH, TASK, TEXT, Ratio
+from cv2jax.text.layout import MIX_RATIO, SOS, SPECIAL, SPEECH, TASK, TEXT, Ratio, check_ratio
 
 NO_LIMIT = np.iinfo(np.int32).max
 
@@ -50,8 +49,8 @@ def init(
     prompt_text: Iterable[int] = (), prompt_speech: Iterable[int] = (), ratio: Ratio | None = MIX_RATIO
 ) -> Progress:
     """A request that has fed nothing; UserError for a ratio that is not positive."""
-    if ratio is not None and min(ratio) < 1:
-        raise UserError(f"ratio {ratio[0]}:{ratio[1]} of text to speech tokens: both must be positive")
+    if ratio is not None:
+        check_ratio(ratio)
     return Progress(ratio=ratio, text=tuple(prompt_text), prompt_speech=tuple(prompt_speech))
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.models.text_speech_lm import interleave, sequence
+from cv2jax.models.text_speech_lm import sequence
+from cv2jax.synthesis import interleave
 
 RATIOS = [(5, 15), (1, 1), (3, 7), (4, 2), None]
 

@@ -1,0 +1,370 @@
+"""One request on its way through the engine: its pieces, its streams, the frames that are ready, and what came of it.
+
+Whoever iterates a session drives the engine, and with it all other sessions: there are no threads, and nothing polls. A
+session whose text is still arriving stops the iteration where it waits for text; push some, and iterate again.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32, Key
+
+from cv2jax.config import UserError
+from cv2jax.synthesis.arriving import ArrivingPieces
+from cv2jax.synthesis.mel_stream import MelStream, MelStreams, SolvedVoice
+from cv2jax.synthesis.plan import HopPlan, Pace
+from cv2jax.synthesis.prompt import NonFinite
+from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechResult
+from cv2jax.synthesis.speed import SpeedChanger
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
+from cv2jax.synthesis.wave_stream import WaveStreams
+from cv2jax.text import incremental
+
+if TYPE_CHECKING:
+    from cv2jax.synthesis.engine import Engine
+
+STAGES = ("text", "lm", "flow", "vocoder")
+_FOR_SPEECH, _FOR_MEL, _FOR_WAVE = range(3)  # folded into a request's key: no two stages share draws
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pcm:
+    """Some sound: samples [W] in [-0.99, 0.99], the first of which is number `first_sample` of the request."""
+
+    samples: Float32[np.ndarray, " W"]
+    first_sample: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a request.
+
+    Attributes:
+      status: running; ok; hit_limit: a piece came to its max_length; empty: no speech token was drawn; non_finite: a stage
+        computed what is no number, and what was heard ends before it; cancelled; failed: a stage refused, see `message`.
+      num_text_tokens, num_speech_tokens: without prompts. num_pieces: that the text was split into.
+      seconds: of work of each stage; of a dispatch that sessions share, each has all of it. first_audio: seconds from
+        `open` to the first frame; None before. total: to the end.
+    """
+
+    status: str
+    message: str
+    mode: str
+    voice: str
+    seed: int
+    num_text_tokens: int
+    num_speech_tokens: int
+    num_pieces: int
+    num_samples: int
+    rate_hz: int
+    seconds: dict[str, float]
+    first_audio: float | None
+    total: float
+
+    @property
+    def audio_seconds(self) -> float:
+        """Seconds of sound."""
+        return self.num_samples / self.rate_hz
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds from `open` to the end a second of sound; None without sound."""
+        return self.total / self.audio_seconds if self.num_samples else None
+
+
+class Piece:
+    """A stretch of text, its speech tokens so far, and how much of them is heard.
+
+    Attributes:
+      ids: text tokens that the language model has not got yet, of `num_text`. closed: no more of them come; flushed: it knows.
+      slot: that it has there. is_drawn: no more speech tokens come; is_idle: none comes before there is more text.
+    """
+
+    def __init__(self, number: int, ids: list[int], closed: bool) -> None:
+        self.number, self.ids, self.closed = number, ids, closed
+        self.num_text, self.num_used = len(ids), 0
+        self.slot: int | None = None
+        self.is_drawn = self.is_idle = self.flushed = False
+        self.tokens: list[int] = []
+
+    def add(self, ids: list[int]) -> None:
+        """Appends text tokens."""
+        self.ids += ids
+        self.num_text += len(ids)
+        self.is_idle = False
+
+    def take_ids(self) -> list[int]:
+        """The text tokens that the language model is to get now."""
+        ids, self.ids = self.ids, []
+        return ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A request as its session needs it: the prompts of each stage and all text that is there."""
+
+    request: Request
+    voice: SolvedVoice
+    prompt_text: Int32[np.ndarray, " T"]
+    prompt_speech: Int32[np.ndarray, " P"]
+    pieces: list[list[int]]  # text tokens; of arriving text none
+    source: Int32[np.ndarray, " L"] | None = None
+
+
+def make_speech_request(prepared: Prepared, text: list[int]) -> SpeechRequest:
+    """What the language model is asked for these text tokens."""
+    request = prepared.request
+    return SpeechRequest(
+        text_tokens=np.array(text, np.int32),
+        prompt_text_tokens=prepared.prompt_text,
+        prompt_speech_tokens=prepared.prompt_speech,
+        options=request.sampling,
+        min_length=request.min_length,
+        max_length=request.max_length,
+        name=request.name,
+    )
+
+
+class Session:
+    """A request on its way; `Engine.open` makes it. An iterator of `Pcm`."""
+
+    def __init__(
+        self, engine: "Engine", prepared: Prepared, streams: tuple[MelStreams, WaveStreams], plan: HopPlan, begun: float
+    ) -> None:
+        self._engine, self._prepared, self._begun = engine, prepared, begun
+        self.request = request = prepared.request
+        self._mels, waves = streams
+        key = jax.random.key(request.seed)
+        self._speech_key, self._mel_key, wave_key = (
+            jax.random.fold_in(key, stage) for stage in (_FOR_SPEECH, _FOR_MEL, _FOR_WAVE)
+        )
+        self._wave, definition = waves.start(wave_key), waves.stage.mel_definition
+        self._rate, per_token = definition.rate_hz, FRAMES_PER_TOKEN * definition.mel_hop
+        self._pace = Pace(plan, chunk=self._mels.mask.chunk, hold_back=waves.hold_back / per_token, speed=request.speed)
+        self._mel: MelStream | None = None
+        self._speed = SpeedChanger(request.speed)
+        self._frames: deque[Pcm] = deque()
+        self._text = ArrivingPieces()
+        self._incremental, self._flushed = incremental.init_incremental(), not request.arriving
+        self.pieces = [Piece(i, ids, True) for i, ids in enumerate(prepared.pieces)]
+        if prepared.source is not None:
+            self._add_source(prepared.source)
+        self._place = self.num_samples = 0  # of the piece that is heard; samples made
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._first_audio: float | None = None
+        self._status, self._message, self._end = "running", "", 0.0
+        self._limited = False
+
+    def _add_source(self, tokens: Int32[np.ndarray, " L"]) -> None:
+        piece = Piece(0, [], True)
+        piece.tokens, piece.is_drawn, piece.flushed = tokens.tolist(), True, True
+        self.pieces.append(piece)
+
+    # ---- for the caller
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more sound is made; some may still wait to be taken."""
+        return self._status != "running"
+
+    @property
+    def result(self) -> Result:
+        """What came of it so far."""
+        return Result(
+            status=self._status,
+            message=self._message,
+            mode=self.request.mode,
+            voice=self.request.voice.name,
+            seed=self.request.seed,
+            num_text_tokens=sum(piece.num_text for piece in self.pieces),
+            num_speech_tokens=sum(len(piece.tokens) for piece in self.pieces),
+            num_pieces=len(self.pieces),
+            num_samples=self.num_samples,
+            rate_hz=self._rate,
+            seconds=dict(self.seconds),
+            first_audio=self._first_audio,
+            total=(self._end or time.perf_counter()) - self._begun,
+        )
+
+    def push_text(self, text: str) -> None:
+        """Appends to the text of a request whose text is arriving; tokens are drawn once there are enough.
+
+        UserError, and nothing is appended, where the text was whole from the start or has ended, and for broken Unicode. What
+        comes to a session that has ended (cancelled, failed) is dropped.
+        """
+        if not self.request.arriving:
+            raise UserError(f"{self.request.name}: its text was whole from the start; open it as arriving to push more")
+        if self._flushed:
+            raise UserError(f"{self.request.name}: text behind its end; open another request")
+        if self.ended:
+            return
+        self._engine.tokenizer.normalize(text)  # refuses broken Unicode
+        start = time.perf_counter()
+        for part, ends in self._text.push(text):
+            self._append(part, ends)
+        self.seconds["text"] += time.perf_counter() - start
+
+    def flush(self) -> None:
+        """Says that no more text comes; UserError where there was nothing to speak, and the request may get some still."""
+        if self._flushed or self.ended:
+            return
+        start = time.perf_counter()
+        for part, ends in self._text.flush():
+            self._append(part, ends)
+        if not self.pieces:
+            raise UserError(f"{self.request.name}: the text has nothing to speak; give it some words")
+        self._close_piece()
+        self._flushed = True
+        self.seconds["text"] += time.perf_counter() - start
+
+    def cancel(self) -> None:
+        """Ends the request where it stands, also before its first frame; what is ready is dropped."""
+        if not self.ended:
+            self._frames.clear()
+            self.finish("cancelled")
+
+    def take(self) -> list[Pcm]:
+        """The frames that are ready, without driving the engine."""
+        frames = list(self._frames)
+        self._frames.clear()
+        return frames
+
+    def __iter__(self) -> Iterator[Pcm]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Pcm:
+        """The next frame, for which it drives the engine; stops at the end, and where the request waits for text."""
+        while not self._frames:
+            if self.ended or self.waits or not self._engine.advance():
+                raise StopIteration
+        return self._frames.popleft()
+
+    def _append(self, text: str, ends: bool) -> None:
+        if not self.pieces or self.pieces[-1].closed:
+            self.pieces.append(Piece(len(self.pieces), [], False))
+        self._incremental, ids = incremental.push(self._engine.tokenizer, self._incremental, text)
+        self.pieces[-1].add(ids)
+        if ends:
+            self._close_piece()
+
+    def _close_piece(self) -> None:
+        self.pieces[-1].add(incremental.flush(self._engine.tokenizer, self._incremental))
+        self._incremental, self.pieces[-1].closed = incremental.init_incremental(), True
+
+    # ---- for the engine
+
+    @property
+    def waits(self) -> bool:
+        """Whether only more text, or its end, moves it on."""
+        if self.ended or self._flushed or self.next_hop() is not None:
+            return False
+        has_none = lambda piece: piece.slot is None and not (piece.ids or piece.closed)  # noqa: E731
+        return all(piece.is_drawn or piece.is_idle or has_none(piece) for piece in self.pieces)
+
+    def piece_to_draw(self) -> Piece | None:
+        """The piece that the language model is to get next: one has it at a time, and it may be ahead of what is heard."""
+        piece = next((piece for piece in self.pieces if not piece.is_drawn), None)
+        return piece if piece is not None and piece.slot is None and (piece.ids or piece.closed) else None
+
+    def open_piece(self, piece: Piece) -> tuple[SpeechRequest, Key[Array, ""]]:
+        """(what the language model is asked for the piece, the key of its draws)."""
+        key = jax.random.fold_in(self._speech_key, piece.number)
+        return make_speech_request(self._prepared, piece.take_ids()), key
+
+    def add_drawn(self, piece: Piece, result: SpeechResult) -> None:
+        """Takes what the language model drew for a piece."""
+        piece.tokens += result.speech_tokens.tolist()
+        piece.is_drawn = result.status != "running"
+        self._limited |= result.status == "hit_limit"
+        if result.status == "non_finite":
+            self.finish(
+                "non_finite", f"{self.request.name}: the language model's scores are not finite; check the checkpoint"
+            )
+
+    def num_missing(self) -> int | None:
+        """Speech tokens until the next hop; None where it waits for no draws."""
+        piece = self._heard_piece()
+        if self.ended or piece is None or piece.is_drawn or piece.is_idle or piece.slot is None:
+            return None
+        missing = self._hop_size(piece) + LOOKAHEAD - (len(piece.tokens) - piece.num_used)
+        return missing if missing > 0 else None
+
+    def next_hop(self) -> tuple[int, bool] | None:
+        """(tokens of the hop that can be made now, whether it ends its piece); None where there is none."""
+        if self.ended:
+            return None
+        piece = self._heard_piece()
+        if piece is None:
+            return (0, True) if self._flushed else None  # the end of what the vocoder holds back
+        there = len(piece.tokens) - piece.num_used
+        if (
+            there > LOOKAHEAD and there >= (size := self._hop_size(piece)) + LOOKAHEAD
+        ):  # a queued request takes no memory
+            return size, False
+        return (there, True) if piece.is_drawn else None
+
+    def make_hop(self, size: int, ends: bool) -> None:
+        """Makes the hop that `next_hop` has found: mel, waveform, a frame for the caller."""
+        try:
+            start = time.perf_counter()
+            mel = self._hear(size, ends)
+            last = ends and self._flushed and self._heard_piece() is None
+            middle = time.perf_counter()
+            samples = self._wave.hop(mel, last=last)
+            end = time.perf_counter()
+        except NonFinite as error:
+            return self.finish("non_finite", str(error))
+        except UserError as error:
+            return self.finish("failed", str(error))
+        self.seconds["flow"] += middle - start
+        self.seconds["vocoder"] += end - middle
+        if len(samples):
+            self._frames.append(Pcm(samples=samples, first_sample=self.num_samples))
+            self.num_samples += len(samples)
+            if self._first_audio is None:
+                self._first_audio = end - self._begun
+        if last:
+            self.finish("ok" if self.num_samples else "empty")
+
+    def finish(self, status: str, message: str = "") -> None:
+        """Ends the request; the engine frees its slot."""
+        self._status = "hit_limit" if status == "ok" and self._limited else status
+        self._message, self._end = message, time.perf_counter()
+        self._mel = None
+        self._engine.release(self)
+
+    def _heard_piece(self) -> Piece | None:
+        return self.pieces[self._place] if self._place < len(self.pieces) else None
+
+    def _hop_size(self, piece: Piece) -> int:
+        return self._pace.next_hop(self._open_mel(piece).num_to_border())
+
+    def _open_mel(self, piece: Piece) -> MelStream:
+        if self._mel is None:
+            key, voice = jax.random.fold_in(self._mel_key, piece.number), self._prepared.voice
+            self._mel = self._mels.start(voice, key, self.request.name)
+        return self._mel
+
+    def _hear(self, size: int, ends: bool) -> Float32[np.ndarray, "F M"]:
+        """The mel of the next hop, at the request's speed; goes on to the next piece at the end of one."""
+        mel, piece = np.zeros((0, self._mels.stage.num_mels), np.float32), self._heard_piece()
+        if piece is None:
+            return mel
+        if size:
+            at, behind = piece.num_used, piece.num_used + size
+            tokens = np.array(piece.tokens[at : behind + LOOKAHEAD], np.int32)
+            mel = self._open_mel(piece).hop(tokens[:size], None if ends else tokens[size:])
+            piece.num_used = behind
+            self._pace.add(size)
+        mel = self._speed.push(mel, last=ends)
+        if ends:
+            self._place += 1
+            self._mel, self._speed = None, SpeedChanger(self.request.speed)
+        return mel

@@ -1,0 +1,62 @@
+"""Pieces of arriving text: nothing is lost, borders lie at clauses, and pushes do not move them."""
+
+import numpy as np
+import pytest
+
+from cv2jax.synthesis.arriving import ArrivingPieces
+
+CLAUSE = "the quick brown fox jumps over the lazy dog by the river"  # 14 of the estimated tokens
+
+
+def cut(text, sizes=()):
+    pieces, parts = [""], []
+    splitter, place = ArrivingPieces(), 0
+    for size in [*sizes, len(text)]:
+        parts += splitter.push(text[place : place + size])
+        place += size
+    for part, ends in parts + splitter.flush():
+        pieces[-1] += part
+        if ends:
+            pieces.append("")
+    return [piece for piece in pieces if piece]
+
+
+TEXTS = {
+    "sentences": f"{CLAUSE}. " * 12,
+    "numbers": f"It costs 3.5 and {CLAUSE} {CLAUSE} {CLAUSE} {CLAUSE} 3.5 or 1.2.3. And more! " * 4,
+    "quotes": f'He said: "{CLAUSE} {CLAUSE} {CLAUSE} {CLAUSE} {CLAUSE}!" Then he went... "Oh?!" {CLAUSE}.' * 3,
+    "no end": f"{CLAUSE} " * 30,
+    "chinese": "今天天气很好我们一起去公园散步然后回家吃饭。" * 20,
+    "no words": "... !!! \n\n ...",
+    "words late": " \n... " + f"{CLAUSE}.\n" * 3,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_pushes_do_not_move_borders_and_nothing_is_lost(name):
+    text, rng = TEXTS[name], np.random.default_rng(0)
+    want = cut(text)
+    for _ in range(5):
+        assert cut(text, rng.integers(0, 9, 400).tolist()) == want
+    assert cut(text, [1] * len(text)) == want
+    squeeze = lambda t: "".join(t.split())  # noqa: E731
+    assert squeeze("".join(want)) == ("" if name == "no words" else squeeze(text))
+
+
+def test_borders_lie_at_clauses():
+    assert [piece[-1] for piece in cut(TEXTS["sentences"])[:-1]] == [".", "."]
+    assert all(piece.rstrip().endswith(("more!", "1.2.3.")) for piece in cut(TEXTS["numbers"]))
+    assert all(piece.rstrip()[-1] in '."' for piece in cut(TEXTS["quotes"]))
+    assert len(cut(TEXTS["quotes"])) == 4
+
+
+def test_a_text_without_clauses_ends_at_words():
+    pieces = cut(TEXTS["no end"])
+    assert len(pieces) == 3
+    assert all(piece.endswith(" ") for piece in pieces[:2])
+    assert all(150 < len(piece) / 4 < 175 for piece in pieces[:2])
+
+
+def test_short_text_is_one_piece():
+    assert cut("Yes. No. Maybe!") == ["Yes. No. Maybe!"]
+    assert cut("  \n ") == []

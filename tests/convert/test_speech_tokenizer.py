@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import flax.linen as nn
 import jax
@@ -14,25 +13,10 @@ from cv2jax.convert.rules import foreign_tensors, load_tree
 from cv2jax.convert.speech_tokenizer import speech_tokenizer_rules
 from cv2jax.models.speech_tokenizer.config import tiny
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params
-from tests.models.golden_weights import load_golden
+from tests.models.golden_reader import WeightsReader
+from tests.models.golden_weights import GOLDEN, load_golden
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "speech_tokenizer_tiny.npz"
-
-
-class GoldenReader:
-    """The weights in the file for the rule engine."""
-
-    place = str(GOLDEN)
-
-    def __init__(self):
-        with np.load(GOLDEN) as file:
-            self.arrays = {name.removeprefix("w:"): file[name] for name in file if name.startswith("w:")}
-
-    def names(self):
-        return {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
-
-    def read(self, name, index):
-        return self.arrays[name][index]
+GoldenReader = functools.partial(WeightsReader, GOLDEN)
 
 
 def abstract(**changes):

@@ -59,7 +59,9 @@ class _Tensors:
             raise UserError(f"{'; '.join(self._said)}; give files of one model")
 
 
-def read_lm_sizes(yaml: YamlSizes, yaml_place: str, backbone: Qwen2Config, hf_place: str, names: Names) -> TextSpeechLmConfig:
+def read_lm_sizes(
+    yaml: YamlSizes, yaml_place: str, backbone: Qwen2Config, hf_place: str, names: Names
+) -> TextSpeechLmConfig:
     """The language model's config of the YAML's `llm` and of CosyVoice-BlankEN's; UserError where llm.pt has other sizes."""
     found = _Tensors("llm.pt", names, yaml_place)
     rows = found.dim("llm_decoder.weight", 0)
@@ -131,7 +133,9 @@ def read_flow_sizes(yaml: YamlSizes, place: str, names: Names) -> FlowMatchingCo
         head_dim=yaml.integer("flow.decoder.estimator.attention_head_dim"),
     )
     inner = velocity.num_heads * velocity.head_dim
-    found.compare_axis("flow.decoder.estimator.num_heads · attention_head_dim", inner, f"{stage}1.0.attn1.to_q.weight", 0)
+    found.compare_axis(
+        "flow.decoder.estimator.num_heads · attention_head_dim", inner, f"{stage}1.0.attn1.to_q.weight", 0
+    )
     sizes = {
         "num_speech_tokens": size("vocab_size", "input_embedding.weight", 0),
         "num_mels": size("output_size", "encoder_proj.weight", 0),

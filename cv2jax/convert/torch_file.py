@@ -23,6 +23,7 @@ from absl import logging
 from jaxtyping import Shaped
 
 from cv2jax.config import UserError
+from cv2jax.convert.extras import import_official
 from cv2jax.convert.rules import ForeignTensor, Index, Shape
 
 _COUNTERS = ("epoch", "step")  # of a training checkpoint; the official loader trips over them (spec/official.md 1.3)
@@ -32,22 +33,13 @@ _PADDING = 0x4246  # the kind of extra field that torch fills up with
 _LOCAL_HEADER, _ZIP64_FIELD, _EXTRA_HEADER = 30, 20, 4  # bytes
 
 
-def import_torch() -> Any:
-    """The module torch; UserError without the extra [official]."""
-    try:
-        import torch  # pyrefly: ignore[missing-import]
-    except ImportError as error:
-        raise UserError("official .pt files are read and written with torch: pip install 'cv2jax[official]'") from error
-    return torch
-
-
 def load_values(path: pathlib.Path) -> Any:
     """What a `.pt` file of tensors, numbers, texts, lists and dictionaries holds, its tensors mapped and not yet read.
 
     Nothing in the file is run. Raises UserError for no such file, for one that is damaged, cut short, of torch before 1.6
     or no file of torch, and for one that names code.
     """
-    torch = import_torch()
+    torch = import_official("torch")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; copy the whole directory")
     with path.open("rb") as file:
@@ -60,7 +52,9 @@ def load_values(path: pathlib.Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global:?|function) ([\w.]+\.\w+)", str(error))
         what = f"names code ({named[1]})" if named else "holds more than tensors"
-        raise UserError(f"{path}: {what}, and was refused; nothing of it was run; give a file of plain tensors") from None
+        raise UserError(
+            f"{path}: {what}, and was refused; nothing of it was run; give a file of plain tensors"
+        ) from None
     except Exception as error:  # whatever a damaged file makes torch raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None
@@ -80,7 +74,9 @@ class TorchReader:
         if counters:
             said = ", ".join(f"{name} {self._tensors[name]}" for name in counters)
             logging.info("%s: is of a training (%s); these counters are left out", path, said)
-        self._names = {name: self._describe(name, value) for name, value in self._tensors.items() if name not in counters}
+        self._names = {
+            name: self._describe(name, value) for name, value in self._tensors.items() if name not in counters
+        }
         if not self._names:
             raise UserError(f"{path}: holds no tensors; copy it again")
         self._num_bytes = 0
@@ -92,7 +88,7 @@ class TorchReader:
         return values
 
     def _describe(self, name: str, value: Any) -> tuple[Shape, np.dtype]:
-        torch = import_torch()
+        torch = import_official("torch")
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
             raise UserError(f"{self.place}: {name} is a {type(value).__name__} and no plain tensor; give a state dict")
         kinds = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: jnp.bfloat16}
@@ -113,7 +109,9 @@ class TorchReader:
         self._num_bytes += values.nbytes
         # Least and greatest pass NaN on, and need no array beside.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-            raise UserError(f"{self.place}: {name} has values that are not finite; copy it again, or take an earlier one")
+            raise UserError(
+                f"{self.place}: {name} has values that are not finite; copy it again, or take an earlier one"
+            )
         return values
 
     def same_bytes(self, one: str, other: str) -> bool:
@@ -135,7 +133,7 @@ def _bits(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
 
 def _as_numpy(tensor: Any) -> Shaped[np.ndarray, "..."]:
     """The tensor's memory, which numpy cannot name where it is bf16."""
-    torch, tensor = import_torch(), tensor.detach()
+    torch, tensor = import_official("torch"), tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
@@ -217,7 +215,7 @@ class _Pickler(pickle.Pickler):
         """What a storage is called in the description."""
         if not isinstance(obj, _Storage):
             return None
-        return "storage", import_torch().FloatStorage, str(obj.number), "cpu", obj.size
+        return "storage", import_official("torch").FloatStorage, str(obj.number), "cpu", obj.size
 
     def reducer_override(self, obj: Any) -> Any:
         """How a tensor is made of its storage."""
@@ -225,7 +223,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         strides = tuple(math.prod(obj.shape[axis + 1 :]) for axis in range(len(obj.shape)))
         hooks: dict[str, Any] = collections.OrderedDict()
-        return import_torch()._utils._rebuild_tensor_v2, (obj.storage, 0, obj.shape, strides, False, hooks)
+        return import_official("torch")._utils._rebuild_tensor_v2, (obj.storage, 0, obj.shape, strides, False, hooks)
 
 
 def _describe_state_dict(numbers: Mapping[str, int], tensors: Mapping[str, Shape]) -> bytes:

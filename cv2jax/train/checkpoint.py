@@ -1,6 +1,7 @@
 """Checkpoints through Orbax v1: the one file that knows it (v1 still moves names between releases)."""
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from types import TracebackType
@@ -81,9 +82,22 @@ def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:
     context.memory_options.deepcopy_host_arrays = False
     with (
         full_disk_reported(directory),
+        _nothing_to_merge(),
         ocp.training.Checkpointer(str(directory.resolve()), context=context) as checkpointer,
     ):
         checkpointer.save_checkpointables(step, {_NAME: state})
+
+
+@contextlib.contextmanager
+def _nothing_to_merge() -> Iterator[None]:
+    """Keeps Orbax from warning that files of its other format, which were not asked for, are not there."""
+    logger = logging.getLogger("absl")
+    is_news = lambda record: "Skipping merge of OCDBT" not in record.getMessage()  # noqa: E731
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:

@@ -34,7 +34,7 @@ def llm_rules() -> tuple[Rule, ...]:
 
 
 def read_llm(reader: TorchReader, abstract: PyTree) -> PyTree:
-    """The language model's parameters, as `abstract` describes them, of llm.pt with or without the tied text head.
+    """The language model's parameters, host arrays as `abstract` describes them, of llm.pt with or without the tied text head.
 
     Raises UserError as `load_tree`, and for a text head that differs from the text table: the official loader would put it in
     the table's place (spec/official.md 8.1).
@@ -45,7 +45,7 @@ def read_llm(reader: TorchReader, abstract: PyTree) -> PyTree:
             f"{reader.place}: {_TEXT_HEAD} differs from {_TEXT_TABLE}, and the two are one in the official model; give a model"
             " with tied embeddings"
         )
-    return load_tree(llm_rules(), reader, abstract, ignored=[_TEXT_HEAD])
+    return load_tree(llm_rules(), reader, abstract, ignored=[_TEXT_HEAD], on_host=True)
 
 
 def write_llm(path: pathlib.Path, params: PyTree) -> None:
@@ -55,7 +55,7 @@ def write_llm(path: pathlib.Path, params: PyTree) -> None:
 
 def read_flow(reader: TorchReader, abstract: PyTree) -> PyTree:
     """The flow's parameters of flow.pt, as `abstract` describes them; UserError as `load_tree`."""
-    return load_tree(flow_rules(), reader, abstract)
+    return load_tree(flow_rules(), reader, abstract, on_host=True)
 
 
 def write_flow(path: pathlib.Path, params: PyTree) -> None:
@@ -97,7 +97,7 @@ class _Generator:
 
 def read_hift(reader: HiftReader, config: HiftVocoderConfig, abstract: PyTree) -> PyTree:
     """The vocoder's parameters of hift.pt, as `abstract` describes them; UserError as `load_tree`."""
-    return load_tree(hift_rules(config), reader, abstract)
+    return load_tree(hift_rules(config), reader, abstract, on_host=True)
 
 
 def write_hift(

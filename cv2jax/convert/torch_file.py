@@ -102,12 +102,12 @@ class TorchReader:
         return self._names
 
     def read(self, name: str, index: Index) -> Shaped[np.ndarray, "..."]:
-        """The block `index` of a tensor, in its own dtype; UserError where it has values that are not finite."""
+        """The block `index` of a tensor, in its own dtype, a view of the file; UserError for values that are not finite."""
         if self._num_bytes > _MAPPED_BYTES:
             self._tensors, self._num_bytes = self._load(), 0
-        values = _as_numpy(self._tensors[name])[index].copy()
+        values = _as_numpy(self._tensors[name])[index]
         self._num_bytes += values.nbytes
-        # Least and greatest pass NaN on, and need no array beside.
+        # The least and the greatest pass NaN on, and need no array beside.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise UserError(
                 f"{self.place}: {name} has values that are not finite; copy it again, or take an earlier one"
@@ -177,7 +177,7 @@ def _fp32_bytes(path: pathlib.Path, name: str, tensor: ForeignTensor) -> memoryv
         raise ValueError(f"{name} is {values.shape}, not {tensor.shape}")
     if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
         raise UserError(f"{path}: {name} has values that are not finite; nothing was written")
-    return memoryview(values.reshape(-1).view(np.uint8))
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _write_entry(

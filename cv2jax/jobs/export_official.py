@@ -54,10 +54,20 @@ from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.voice import load_voice, require_voice, voices_in
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
 from cv2jax.tasks.model_directory import STAGES, VOICES, has_stage, stage_run
-from cv2jax.tasks.trained import find_text_tokenizer, load_flow, load_params, load_vocoder, text_speech_lm_config
+from cv2jax.tasks.trained import (
+    find_text_tokenizer,
+    flow_matching_config,
+    hift_vocoder_config,
+    load_flow,
+    load_params,
+    load_vocoder,
+    text_speech_lm_config,
+)
 from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 from cv2jax.train.run import load_run
 
+_LEARN_TOKENS = ("text_speech_lm", "flow_matching")
+_SHOWN = 12  # digits of a hash
 _ENCODERS = {"speech_tokenizer": TOKENIZER, "speaker_encoder": SPEAKER_ENCODER}
 # Written anew; the kept ones are looked at one by one.
 _WRITTEN = (YAML, SPEAKERS, *FILE_OF.values())
@@ -89,8 +99,9 @@ class _Model:
     runs: dict[str, pathlib.Path]
     kept: KeptFiles
     voices: dict[str, pathlib.Path]
-    described: dict[str, Any]  # of the language model
     lm: TextSpeechLmConfig
+    flow: FlowMatchingConfig
+    hift: HiftVocoderConfig  # with log-mel counted from 0
     tokenizer: TextTokenizer
     hashes: dict[str, str]  # of the two encoders; "": not known
 
@@ -116,12 +127,12 @@ def export_official(
     found = _look(model, options)
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with staged_directory(out) as place:
+        _write_yaml(found, place)
+        # The largest first: what stays of the others in memory would come on top.
+        count = _write_lm(found, place, mesh, options.lora)
+        count += _write_flow(found, place, mesh) + _write_vocoder(found, place, mesh, options.hift_names)
         _write_encoders(found, place)
-        hift, count = _write_vocoder(found, place, mesh, options.hift_names)
-        flow, num = _write_flow(found, place, mesh, hift)
-        count += num + _write_lm(found, place, mesh, options.lora)
-        _write_yaml(found, place, describe_sizes(found.lm, flow, hift))
-        voices = _write_voices(found, place, flow)
+        voices = _write_voices(found, place)
         _write_kept(found, place)
         files = tuple(sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()))
     return OfficialResult(files=files, voices=voices, num_parameters=count)
@@ -145,21 +156,43 @@ def _look(model: str | os.PathLike[str] | None, options: OfficialOptions) -> _Mo
             raise UserError(f"--{stage} is missing; give its run, or the model directory that has it")
         elif not (stage in _ENCODERS and is_kept and not has_stage(place, stage)):
             runs[stage] = stage_run(place, stage)
-    run = runs["text_speech_lm"]
+    run, flow_run, hift_run = (runs[stage] for stage in ("text_speech_lm", "flow_matching", "hift_vocoder"))
     described = load_run(run)
+    hift = hift_vocoder_config(load_run(hift_run), hift_run)
     found = _Model(
         place=str(place if place is not None else run),
         runs=runs,
         kept=kept,
         voices=voices_in(place / VOICES) if place is not None else {},
-        described=described,
         lm=text_speech_lm_config(described, run),
+        flow=flow_matching_config(load_run(flow_run), flow_run),
+        hift=dataclasses.replace(hift, mel_origin=0.0),
         tokenizer=find_text_tokenizer(described, run),
         hashes={stage: "" if stage in runs else kept.fingerprints[stage] for stage in _ENCODERS},
     )
+    _require_fit(found)
+    return found
+
+
+def _require_fit(found: _Model) -> None:
+    """Raises UserError for stages that do not go together, and for what the official code cannot build."""
+    run, flow_run = found.runs["text_speech_lm"], found.runs["flow_matching"]
     if found.tokenizer.vocabulary_size > found.lm.backbone.vocabulary_size:
         raise UserError(f"{run}: has fewer text embeddings than its tokenizer has tokens; train it again")
-    return found
+    if found.flow.num_speech_tokens != found.lm.num_speech_tokens:
+        raise UserError(
+            f"{flow_run}: reads {found.flow.num_speech_tokens} speech tokens, and {run} makes {found.lm.num_speech_tokens};"
+            " give runs on one speech tokenizer"
+        )
+    describe_sizes(found.lm, found.flow, found.hift)
+    learnt = {stage: load_run(found.runs[stage])["facts"].get("speech_tokenizer", "") for stage in _LEARN_TOKENS}
+    if len({value for value in learnt.values() if value}) > 1:
+        said = " and ".join(f"{found.runs[stage]} of {value[:_SHOWN]}" for stage, value in learnt.items())
+        raise UserError(f"{said} learnt from tokens of different speech tokenizers; give runs on one")
+    if not streaming_chunk(found.flow):
+        logging.warning("%s: was not trained for chunks; the official stream will see all at each hop", flow_run)
+    if found.flow.temperature != 1:
+        logging.warning("%s: speaks at temperature %g; the official code at 1", flow_run, found.flow.temperature)
 
 
 def _write_encoders(found: _Model, place: pathlib.Path) -> None:
@@ -183,49 +216,36 @@ def _write_encoders(found: _Model, place: pathlib.Path) -> None:
             found.hashes[stage] = encoder.hash
             arrays = {"encoder": encoder.params["encoder"], "norms": encoder.model_state["norms"]}
             write_campplus_onnx(place / file, encoder.config, arrays)
-    for stage in ("text_speech_lm", "flow_matching"):
+    for stage in _LEARN_TOKENS:
         learnt, ours = (
             load_run(found.runs[stage])["facts"].get("speech_tokenizer", ""),
             found.hashes["speech_tokenizer"],
         )
         if learnt and ours and learnt != ours:
             raise UserError(
-                f"{found.runs[stage]}: learnt from tokens of {learnt[:12]}, but the speech tokenizer is {ours[:12]}; give the"
-                " run that made its tokens"
+                f"{found.runs[stage]}: learnt from tokens of {learnt[:_SHOWN]}, but the speech tokenizer is"
+                f" {ours[:_SHOWN]}; give the run that made its tokens"
             )
 
 
-def _write_vocoder(found: _Model, place: pathlib.Path, mesh: Mesh, names: str) -> tuple[HiftVocoderConfig, int]:
+def _write_vocoder(found: _Model, place: pathlib.Path, mesh: Mesh, names: str) -> int:
     config, params = load_vocoder(found.runs["hift_vocoder"], mesh)
     config, params = count_from_zero(config, params) if config.mel_origin else (config, params)
     source = found.kept.find(HIFT_FILE)
     write_hift(place / HIFT_FILE, config, params, names=names, kept=HiftReader(source) if source else None)
-    return config, _count(params)
+    return _count(params)
 
 
-def _write_flow(
-    found: _Model, place: pathlib.Path, mesh: Mesh, hift: HiftVocoderConfig
-) -> tuple[FlowMatchingConfig, int]:
+def _write_flow(found: _Model, place: pathlib.Path, mesh: Mesh) -> int:
     """flow.pt, and its velocity network as a graph: the kept one if it still is of these weights."""
-    run = found.runs["flow_matching"]
-    config, params = load_flow(run, mesh)
-    if config.num_speech_tokens != found.lm.num_speech_tokens:
-        raise UserError(
-            f"{run}: reads {config.num_speech_tokens} speech tokens, and {found.runs['text_speech_lm']} makes"
-            f" {found.lm.num_speech_tokens}; give runs on one speech tokenizer"
-        )
-    describe_sizes(found.lm, config, hift)  # before gigabytes are written: raises for what upstream cannot build
-    if not streaming_chunk(config):
-        logging.warning("%s: was not trained for chunks; the official stream will see everything at each hop", run)
-    if config.temperature != 1:
-        logging.warning("%s: speaks at temperature %g; the official code at 1", run, config.temperature)
+    config, params = load_flow(found.runs["flow_matching"], mesh)
     write_flow(place / FLOW_FILE, params)
     kept = found.kept.find(ESTIMATOR)
     if kept is not None and found.is_unchanged("flow_matching"):
         shutil.copyfile(kept, place / ESTIMATOR)
     else:
         write_estimator_onnx(place / ESTIMATOR, config, params)
-    return config, _count(params)
+    return _count(params)
 
 
 def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh, lora: str) -> int:
@@ -251,9 +271,9 @@ def _still_fits(kept: pathlib.Path, found: _Model) -> bool:
     return has_weights and theirs == ours and load_text_tokenizer(kept).hash == found.tokenizer.hash
 
 
-def _write_yaml(found: _Model, place: pathlib.Path, sizes: dict[str, Any]) -> None:
+def _write_yaml(found: _Model, place: pathlib.Path) -> None:
     """cosyvoice2.yaml: the kept one while what it says still holds, else a new one."""
-    kept = found.kept.find(YAML)
+    kept, sizes = found.kept.find(YAML), describe_sizes(found.lm, found.flow, found.hift)
     if kept is not None:
         lines = differing_sizes(YamlSizes(read_yaml(kept), kept), sizes)
         if not lines:
@@ -263,18 +283,20 @@ def _write_yaml(found: _Model, place: pathlib.Path, sizes: dict[str, Any]) -> No
     (place / YAML).write_text(make_yaml(sizes), encoding="utf-8")
 
 
-def _write_voices(found: _Model, place: pathlib.Path, flow: FlowMatchingConfig) -> tuple[str, ...]:
+def _write_voices(found: _Model, place: pathlib.Path) -> tuple[str, ...]:
     """spk2info.pt of the directory's voices; an entry that a voice was made of, and still is the same, as it was."""
     source = found.kept.find(SPEAKERS)
     known = read_speakers(source) if source is not None else {}
     entries = {}
     for stem, path in found.voices.items():
         voice, speaker = load_voice(path), speaker_of(stem)
-        require_voice(voice, **found.hashes)
-        if len(voice.speaker_embedding) != flow.speaker_dim:
+        require_voice(
+            voice, speech_tokenizer=found.hashes["speech_tokenizer"], speaker_encoder=found.hashes["speaker_encoder"]
+        )
+        if len(voice.speaker_embedding) != found.flow.speaker_dim:
             raise UserError(
-                f"{path}: has an embedding of {len(voice.speaker_embedding)}, and the flow takes {flow.speaker_dim}; enroll"
-                " it again with this model"
+                f"{path}: has an embedding of {len(voice.speaker_embedding)}, and the flow takes"
+                f" {found.flow.speaker_dim}; enroll it again with this model"
             )
         entries[speaker] = entry_of(voice, found.tokenizer)
         if speaker in known and same_voice(voice, voice_of(speaker, known[speaker], found.tokenizer, found.hashes)):

@@ -187,7 +187,9 @@ def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, 
                 f"{source.directory / TOKENIZER}: makes {config.num_codes} different tokens, and {YAML} says"
                 f" llm.speech_token_size {source.lm.num_speech_tokens}; give files of one model"
             )
-        params = load_tree(speech_tokenizer_rules(), reader, _abstract(functools.partial(init_encoding_params, config)))
+        params = load_tree(
+            speech_tokenizer_rules(), reader, _abstract(functools.partial(init_encoding_params, config)), on_host=True
+        )
         hashes["speech_tokenizer"] = tokenizer_hash(config, params)
         facts = {"vocabulary": [], "model": _without(dataclasses.asdict(config), "remat")}
         counts["speech_tokenizer"] = _write_run(source, place, "speech_tokenizer", config, facts, params)
@@ -202,7 +204,7 @@ def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, 
             )
         state = nn.unbox(jax.eval_shape(lambda: speaker_model.init_model_state(speaker)))
         abstract = _abstract(functools.partial(speaker_model.init_params, speaker)) | {"norms": state["norms"]}
-        loaded = load_tree(campplus_rules(), reader, abstract)
+        loaded = load_tree(campplus_rules(), reader, abstract, on_host=True)
         params, kept = {"encoder": loaded["encoder"]}, {"norms": loaded["norms"], "num_batches": np.zeros((), np.int32)}
         hashes["speaker_encoder"] = speaker_model.encoder_hash(speaker, params, kept)
         facts = {"num_speakers": 0, "model": _without(dataclasses.asdict(speaker), "remat")}

@@ -83,7 +83,7 @@ class KeptFiles:
         return path if self.fingerprints and path.exists() else None
 
     def is_unchanged(self, stage: str, run: pathlib.Path | None) -> bool:
-        """Whether a stage is still what the official file had: the run is the import's own, or there is none beside the file."""
+        """Whether a stage is what the official file had: the run is the import's own, or there is none beside the file."""
         if stage not in self.fingerprints:
             return False
         if run is None:

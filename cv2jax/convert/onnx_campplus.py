@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
@@ -60,7 +61,8 @@ def write_campplus_onnx(path: str | os.PathLike[str], config: SpeakerEncoderConf
 
     Raises: UserError as `write_onnx`.
     """
-    parts = {part: params_and_norms[part] for part in ("encoder", "norms")}
+    # All at once: it is 28 MB, and fetched one by one each of its hundred shapes would be compiled.
+    parts = jax.device_get({part: params_and_norms[part] for part in ("encoder", "norms")})
     g = GraphBuilder(_folded(foreign_tensors(campplus_rules(), parts, str(path)), config))
     x = _head(g, config)
     x = g.op("Relu", _conv(g, x, "xvector.tdnn.linear"), at="xvector/tdnn/nonlinear/relu")

@@ -54,7 +54,7 @@ class StoredTensor:
             with self.file.open("rb") as file:
                 file.seek(self.start)
                 tensor = onnx.TensorProto.FromString(file.read(self.end - self.start))
-            return onnx.numpy_helper.to_array(tensor)[index].astype(self.dtype)
+            return np.array(onnx.numpy_helper.to_array(tensor)[index], self.dtype)
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)[index]
         little = self.dtype.newbyteorder("<")
@@ -86,11 +86,17 @@ class OnnxFile:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); give a file that is there") from error
         except (decode_error, UnicodeDecodeError) as error:
             raise self._damaged("it is not ONNX") from error
-        if not self.model.graph.node:
+        nodes = self.model.graph.node
+        if not nodes:
             raise self._damaged("it has no graph")
+        self._check_texts(*(text for node in nodes for text in (node.name, node.op_type, *node.input, *node.output)))
+
+    def _check_texts(self, *names: Any) -> None:
+        if not all(isinstance(name, str) for name in names):  # protobuf hands out as bytes what is no UTF-8
+            raise self._damaged("a name is no text")
 
     def _damaged(self, why: str) -> UserError:
-        return UserError(f"{self.path}: is damaged ({why}); copy it again")
+        return UserError(f"{self.path}: is damaged ({' '.join(why.split())}); copy it again")
 
     def _fields(self, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
         """(number, wire type, start of the field, start of its value, end) of each field of a message."""
@@ -156,6 +162,7 @@ class OnnxFile:
                 header += data[field:end]
         tensor = self._onnx.TensorProto.FromString(bytes(header))
         name, shape = tensor.name, tuple(tensor.dims)
+        self._check_texts(name)
         try:
             dtype = np.dtype(self._onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         except (KeyError, TypeError) as error:
@@ -230,7 +237,7 @@ def write_onnx(path: str | os.PathLike[str], model: Any, tensors: Mapping[str, F
 
 
 def _values(path: pathlib.Path, name: str, tensor: ForeignTensor) -> memoryview:
-    values = np.ascontiguousarray(tensor.read(), "<f4")
+    values = np.asarray(tensor.read(), "<f4", order="C")
     if values.shape != tensor.shape:
         raise ValueError(f"{name} is {values.shape} and was announced as {tensor.shape}")
     if not np.isfinite(values).all():

@@ -21,6 +21,7 @@ from cv2jax.convert.rules import ForeignTensor, Index, Shape, fold_names
 _INPUTS = {
     "Conv": ("weight", "bias"),
     "MatMul": ("transposed",),
+    "Gemm": ("transposed", "bias"),
     "LayerNormalization": ("weight", "bias"),
     "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
 }
@@ -56,8 +57,9 @@ class OnnxModules:
     """Modules of a graph.
 
     Attributes:
-      place: of the file, for messages. nodes: of each module, in their order. parameters: by `module.name`; several where
-        more than one operator of a module has such an input. notes: what our own writer has left in the metadata.
+      place: of the file, for messages. nodes: of each module, in their order; under "" those of none.
+      parameters: by `module.name`; several where more than one operator of a module has such an input.
+      notes: what our own writer has left in the metadata.
     """
 
     def __init__(self, file: OnnxFile, roots: str) -> None:
@@ -73,8 +75,8 @@ class OnnxModules:
         }
         for node in file.model.graph.node:
             module = self._module(node)
+            self.nodes[module].append(node)
             if module:
-                self.nodes[module].append(node)
                 self._add_parameters(module, node)
 
     def _module(self, node: Any) -> str:
@@ -94,7 +96,8 @@ class OnnxModules:
             if found and name != "transposed":
                 self._add(f"{module}.{name}", found)
             elif found and len(found.shape) == 2:
-                self._add(f"{module}.weight", found.transpose())
+                is_turned = node.op_type == "Gemm" and self.attribute(node, "transB", 0)
+                self._add(f"{module}.weight", found if is_turned else found.transpose())
         if node.op_type in _VECTORS:
             for found in filter(None, map(self.constant, node.input)):
                 if len(found.shape) == 1 and found.shape[0] > 1:
@@ -129,7 +132,10 @@ class OnnxModules:
         onnx = import_official("onnx")
         for attribute in node.attribute:
             if attribute.name == "value":
-                return onnx.numpy_helper.to_array(attribute.t)
+                try:
+                    return onnx.numpy_helper.to_array(attribute.t)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise self.unknown(f"the constant {node.output[0]} cannot be read") from error
             if attribute.name in ("value_float", "value_int", "value_floats", "value_ints"):
                 return np.asarray(onnx.helper.get_attribute_value(attribute))
         return None
@@ -190,7 +196,7 @@ class OnnxModules:
 
     def unknown(self, why: str) -> UnknownGraph:
         """The error to raise."""
-        return UnknownGraph(f"{self.place}: is not a graph that is known here ({why})")
+        return UnknownGraph(f"{self.place}: is not a graph that is known here ({' '.join(why.split())})")
 
     def reader(self, wanted: Mapping[str, ForeignTensor], find: Callable[[str], Parameter | str]) -> "OnnxReader":
         """A reader of the tensors `wanted`, each the one that `find` gives or names; UnknownGraph where the graph differs.

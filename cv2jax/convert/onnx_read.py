@@ -29,8 +29,9 @@ from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.fsq import BOUND
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params
 
-_TOKENIZER_ROOTS, _CAMPPLUS_ROOTS = r"conv\d|blocks(\.\d+)?|quantizer", "head|xvector"
-_PROJECTIONS = ("quantizer.project_in", "quantizer._codebook.project_down")  # official; s3tokenizer's own export
+_TOKENIZER_ROOTS, _CAMPPLUS_ROOTS = r"conv\d|blocks(\.\d+)?|quantizer|project_down", "head|xvector"
+# Of the official file, of the state dict, of an export of s3tokenizer's module.
+_PROJECTIONS = ("quantizer.project_in", "quantizer._codebook.project_down", "project_down")
 _HEAD_DIM = 64  # of every released tokenizer
 
 
@@ -44,7 +45,7 @@ def read_speech_tokenizer_onnx(path: str | os.PathLike[str]) -> tuple[SpeechToke
     """
     m = OnnxModules(OnnxFile(path), _TOKENIZER_ROOTS)
     projections = [name for name in _PROJECTIONS if m.parameters.get(f"{name}.weight")]
-    if len(projections) != 1 or not m.find("Tanh", "quantizer.*"):
+    if len(projections) != 1 or not m.find("Tanh"):
         raise m.unknown("no projection of finite scalar quantisation")
     config = _tokenizer_config(m, projections[0])
     for module in ("conv1", "conv2"):
@@ -90,9 +91,9 @@ def _num_heads(m: OnnxModules, width: int) -> int:
     """Of the reshapes of the first block's attention to [B, L, H, C], whose last sizes may be left open."""
     for _, node in m.find("Reshape", r"blocks\.0\.attn.*"):
         sizes = m.sizes(node)
-        if len(sizes) == 4 and (sizes[2] or 0) > 1:
+        if len(sizes) == 4 and (sizes[2] or 0) > 0:
             return int(sizes[2] or 0)
-        if len(sizes) == 4 and (sizes[3] or 0) > 1:
+        if len(sizes) == 4 and (sizes[3] or 0) > 0:
             return width // int(sizes[3] or 0)
     if width % _HEAD_DIM:
         raise m.unknown("no reshape to heads")
@@ -116,15 +117,19 @@ def _check_conv(m: OnnxModules, module: str, **wanted: object) -> None:
 
 
 def _check_epsilon(m: OnnxModules, kind: str) -> None:
-    for module, node in m.find(kind):
-        epsilon = m.attribute(node, "epsilon", 1e-5)
+    """Of the operators `kind`, and of layer norms in pieces, which add it as a number."""
+    found = [(module, m.attribute(node, "epsilon", 1e-5)) for module, node in m.find(kind)]
+    for module, node in m.find("Add", r".*_ln"):
+        numbers = [known for known in map(m.constant, node.input) if known and math.prod(known.shape) == 1]
+        found += [(module, float(known.read((slice(None),) * len(known.shape)).item())) for known in numbers]
+    for module, epsilon in found:
         if not math.isclose(epsilon, 1e-5, rel_tol=1e-5):
             raise m.unknown(f"{module} has an epsilon of {epsilon:g}, not 1e-05")
 
 
 def _check_bound(m: OnnxModules) -> None:
     """That what comes out of tanh is scaled as three levels a digit are, where a constant scales it."""
-    for _, tanh in m.find("Tanh", "quantizer.*"):
+    for _, tanh in m.find("Tanh"):
         for node in m.consumers(tanh.output[0]):
             for known in filter(None, map(m.constant, node.input)):
                 if node.op_type == "Mul" and not np.allclose(known.read((slice(None),) * len(known.shape)), BOUND):
@@ -142,14 +147,13 @@ def read_campplus_onnx(path: str | os.PathLike[str]) -> tuple[SpeakerEncoderConf
     """
     m = OnnxModules(OnnxFile(path), _CAMPPLUS_ROOTS)
     config = _campplus_config(m)
-    for module, node in m.find("Conv"):
+    for module, _ in m.find("Conv"):
         sizes = m.shape(f"{module}.weight", 4 if module.startswith("head.") else 3)[2:]
         is_local = module.endswith("cam_layer.linear_local")
         block = int(module.split(".")[1].removeprefix("block")) if is_local else 0
         dilation = config.dilations[block - 1] if is_local else 1
         pads = tuple(dilation * (size // 2) for size in sizes) * 2
         _check_conv(m, module, strides=conv_strides(module), dilations=(dilation,) * len(sizes), pads=pads, group=1)
-        del node
     _check_epsilon(m, "BatchNormalization")
     norms = {norm: conv for conv, norm in folded_norms(config.block_layers).items()}
     abstract = jax.eval_shape(functools.partial(_init_campplus, config), jax.random.key(0))

@@ -3,23 +3,33 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import Float32, Int32
 
+from cv2jax.audio.fbank import FBANK_RATE_HZ
+from cv2jax.audio.io import AudioClip, convert_rate
+from cv2jax.audio.mel import MEL_RATE_HZ, WHISPER_RATE_HZ, mel_spectrogram
 from cv2jax.config import UserError, from_dict
+from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN
 from cv2jax.models.speaker_encoder import model as speaker_model
+from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
 from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
 from cv2jax.models.speaker_encoder.model import encoder_hash
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.model import init_model_state
-from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, tokenizer_hash
+from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder, tokenizer_hash
 from cv2jax.tasks.trained import find_step
 from cv2jax.train.checkpoint import load_subtree
 from cv2jax.train.run import load_run
+
+_ONE_ROW = 1.0  # seconds in a batch, for which every recording is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,3 +113,21 @@ def load_speaker_encoder(run: str | os.PathLike[str]) -> SpeakerEncoder:
     params, state = loaded["params"], loaded["model_state"]
     found = encoder_hash(config, params, state)
     return SpeakerEncoder(config=config, params=params, model_state=state, step=step, hash=found)
+
+
+def encode_recording(
+    tokenizer: Tokenizer, clip: AudioClip
+) -> tuple[Int32[np.ndarray, " P"], Float32[np.ndarray, "F_prompt M"]]:
+    """(speech tokens [P], log-mel [2·P 80]) of a recording, both cut to the shorter one (spec/official.md 2.4)."""
+    encoder = make_encoder(tokenizer.config, tokenizer.params, tokenizer.model_state, batch_seconds=_ONE_ROW)
+    [tokens] = encoder([convert_rate(clip, WHISPER_RATE_HZ)])
+    mel, _ = mel_spectrogram(convert_rate(clip, MEL_RATE_HZ)[None])
+    count = min(mel.shape[2] // FRAMES_PER_TOKEN, len(tokens))
+    return tokens[:count], np.ascontiguousarray(mel[0].T[: FRAMES_PER_TOKEN * count], np.float32)
+
+
+def embed_recordings(encoder: SpeakerEncoder, clips: Sequence[AudioClip]) -> Float32[np.ndarray, "N E"]:
+    """The raw embedding of each recording, in order; ValueError for one under 55 ms."""
+    embedder = WaveformEmbedder(encoder.config, encoder.params, encoder.model_state, batch_seconds=_ONE_ROW)
+    vectors = dict(embedder((number, convert_rate(clip, FBANK_RATE_HZ)) for number, clip in enumerate(clips)))
+    return np.stack([vectors[number] for number in range(len(clips))])

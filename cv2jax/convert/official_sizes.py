@@ -215,7 +215,7 @@ def _same_dilations(yaml: YamlSizes, place: str) -> tuple[int, ...]:
     return rows.pop()
 
 
-def _require(yaml: YamlSizes, place: str, fixed: Mapping[str, float]) -> None:
+def _require(yaml: YamlSizes, place: str, fixed: Mapping[str, float | int]) -> None:
     for key, only in fixed.items():
         if yaml.number(key, only) != only:
             raise UserError(f"{place}: {key} is {yaml.number(key)}; only {only:g} is supported")

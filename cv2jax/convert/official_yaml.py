@@ -78,7 +78,7 @@ class YamlSizes:
             raise UserError(f"{self._path}: {key} is {number}; it must be a whole number")
         return int(number)
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | int | None = None) -> float | int:
         """A number, also one like 1e-6 that YAML takes for a text; UserError where there is none, and no default."""
         value = self._find(key)
         if value is None and default is not None:

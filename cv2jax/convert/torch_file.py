@@ -60,6 +60,14 @@ def load_values(path: pathlib.Path) -> Any:
         raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None
 
 
+@functools.cache
+def _torch_kinds() -> tuple[Any, dict[Any, np.dtype]]:
+    """(torch, its dtypes that weights may have and ours)."""
+    torch = import_official("torch")
+    kinds = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: jnp.bfloat16}
+    return torch, {theirs: np.dtype(ours) for theirs, ours in kinds.items()}
+
+
 class TorchReader:
     """The tensors of a `.pt` file with a flat state dict; a `Reader` of the rule engine.
 
@@ -88,14 +96,13 @@ class TorchReader:
         return values
 
     def _describe(self, name: str, value: Any) -> tuple[Shape, np.dtype]:
-        torch = import_official("torch")
+        torch, kinds = _torch_kinds()
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
             raise UserError(f"{self.place}: {name} is a {type(value).__name__} and no plain tensor; give a state dict")
-        kinds = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: jnp.bfloat16}
         if value.dtype not in kinds:
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(f"{self.place}: {name} is {kind}; give weights in fp32, bf16 or fp16")
-        return tuple(value.shape), np.dtype(kinds[value.dtype])
+        return tuple(value.shape), kinds[value.dtype]
 
     def names(self) -> Mapping[str, tuple[Shape, np.dtype]]:
         """Shape and dtype of every tensor, from the file's description."""
@@ -105,7 +112,7 @@ class TorchReader:
         """The block `index` of a tensor, in its own dtype, a view of the file; UserError for values that are not finite."""
         if self._num_bytes > _MAPPED_BYTES:
             self._tensors, self._num_bytes = self._load(), 0
-        values = _as_numpy(self._tensors[name])[index]
+        values = _as_numpy(self._tensors[name])[(*index, ...)]
         self._num_bytes += values.nbytes
         # The least and the greatest pass NaN on, and need no array beside.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
@@ -121,6 +128,8 @@ class TorchReader:
             return False
         if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
             return True
+        if not a.ndim:
+            return bool(a == b)
         rows = max(1, _MAPPED_BYTES // max(1, a[:1].nbytes))  # some at a time: a comparison makes an array
         rest = (slice(None),) * (a.ndim - 1)
         cuts = [(slice(start, start + rows), *rest) for start in range(0, len(a), rows)]

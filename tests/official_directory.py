@@ -95,7 +95,7 @@ def random_tree(abstract, rng):
 
 
 def same_tensors(one, other):
-    """What differs between two state dicts, bit for bit; [] if nothing."""
+    """What differs between two state dicts, bit for bit; sorted; [] if nothing."""
     import torch
 
     different = sorted(set(one) ^ set(other))
@@ -103,7 +103,7 @@ def same_tensors(one, other):
         a, b = one[name], other[name]
         if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(_bits(a), _bits(b)):
             different.append(name)
-    return different
+    return sorted(different)
 
 
 def _bits(tensor):

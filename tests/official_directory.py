@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+import shutil
 
 import flax.linen as nn
 import jax
@@ -55,15 +56,18 @@ def random_state_dict(shapes, seed):
     return tensors
 
 
-def write_directory(directory, lm, flow, hift, tokenizer, speaker, seed=0, with_weights=True):
-    """An official directory of these configs with random tensors; returns its path."""
+def write_directory(directory, lm, flow, hift, tokenizer, speaker, *, seed=0, text_tokenizer=None):
+    """An official directory of these configs with random tensors; returns its path.
+
+    `text_tokenizer`: a directory to take it from; None: a small one, and no weights of the backbone.
+    """
     import torch
 
     directory.mkdir(parents=True)
     for number, (file, shapes) in enumerate(shapes_of(lm, flow, hift).items()):
         torch.save(random_state_dict(shapes, seed + number), directory / file)
     (directory / "cosyvoice2.yaml").write_text(make_yaml(describe_sizes(lm, flow, hift)))
-    write_backbone(directory / "CosyVoice-BlankEN", lm.backbone, with_weights)
+    write_backbone(directory / "CosyVoice-BlankEN", lm.backbone, text_tokenizer)
     rng = np.random.default_rng(seed)
     params = random_tree(jax.eval_shape(lambda key: init_encoding_params(tokenizer, key), jax.random.key(0)), rng)
     write_speech_tokenizer_onnx(directory / "speech_tokenizer_v2.onnx", tokenizer, params)
@@ -74,15 +78,16 @@ def write_directory(directory, lm, flow, hift, tokenizer, speaker, seed=0, with_
     return directory
 
 
-def write_backbone(place: pathlib.Path, backbone, with_weights=True):
-    """A CosyVoice-BlankEN of that size, with a small byte-level tokenizer."""
-    place.mkdir(parents=True)
+def write_backbone(place: pathlib.Path, backbone, text_tokenizer=None):
+    """A CosyVoice-BlankEN of that size."""
     sizes = {theirs: getattr(backbone, ours) for theirs, ours in HF_FIELDS.items()}
     fixed = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+    if text_tokenizer is None:
+        train_text_tokenizer(["one two"], 300, single_chinese=False).save(place)
+    else:
+        shutil.copytree(text_tokenizer, place)
+        (place / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")  # upstream's llm.pt replaces all of them
     (place / "config.json").write_text(json.dumps(sizes | fixed))
-    train_text_tokenizer(["one two"], 300, single_chinese=False).save(place)
-    if with_weights:  # of upstream's reading only the names matter here
-        (place / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
 
 
 def random_tree(abstract, rng):

@@ -8,6 +8,7 @@ import difflib
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -54,7 +55,7 @@ from cv2jax.models.speaker_encoder import model as speaker_model
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, tokenizer_hash
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.models.text_speech_lm.model import init_params as init_lm
-from cv2jax.synthesis.voice import SUFFIX, save_voice
+from cv2jax.synthesis.voice import SUFFIX, Voice, save_voice
 from cv2jax.tasks.model_directory import VOICES
 from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 from cv2jax.train.checkpoint import save_frugally
@@ -158,16 +159,16 @@ def _import_models(source: _Official, place: pathlib.Path, hashes: dict[str, str
     learnt = {"speech_tokenizer": hashes["speech_tokenizer"]}
     counts = {}
     reader = HiftReader(source.directory / HIFT_FILE)
-    params = {GENERATOR: read_hift(reader, hift, _abstract(functools.partial(init_hift, hift)))}
+    params = {GENERATOR: read_hift(reader, hift, _abstract(init_hift, hift))}
     facts: dict[str, Any] = {"mel": dataclasses.asdict(FLOW_MEL), "model": dataclasses.asdict(hift)}
     counts["hift_vocoder"] = _write_run(
         source, place, "hift_vocoder", HiftTrainingConfig(generator=hift), facts, params
     )
-    params = read_flow(TorchReader(source.directory / FLOW_FILE), _abstract(functools.partial(init_flow, flow)))
+    params = read_flow(TorchReader(source.directory / FLOW_FILE), _abstract(init_flow, flow))
     facts = learnt | {"model": _without(dataclasses.asdict(flow), "remat", "scan_layers", "attention")}
     counts["flow_matching"] = _write_run(source, place, "flow_matching", flow, facts, params)
     del params
-    params = read_llm(TorchReader(source.directory / LLM_FILE), _abstract(functools.partial(init_lm, lm)))
+    params = read_llm(TorchReader(source.directory / LLM_FILE), _abstract(init_lm, lm))
     model = _without(dataclasses.asdict(lm), "attention", "loss_chunk")
     model["backbone"] = _without(model["backbone"], "remat", "scan_layers")
     facts = learnt | {"text_tokenizer": source.tokenizer.hash, "prefix": "none", "normalizer": "", "model": model}
@@ -187,9 +188,7 @@ def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, 
                 f"{source.directory / TOKENIZER}: makes {config.num_codes} different tokens, and {YAML} says"
                 f" llm.speech_token_size {source.lm.num_speech_tokens}; give files of one model"
             )
-        params = load_tree(
-            speech_tokenizer_rules(), reader, _abstract(functools.partial(init_encoding_params, config)), on_host=True
-        )
+        params = load_tree(speech_tokenizer_rules(), reader, _abstract(init_encoding_params, config), on_host=True)
         hashes["speech_tokenizer"] = tokenizer_hash(config, params)
         facts = {"vocabulary": [], "model": _without(dataclasses.asdict(config), "remat")}
         counts["speech_tokenizer"] = _write_run(source, place, "speech_tokenizer", config, facts, params)
@@ -203,7 +202,7 @@ def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, 
                 f" flow.spk_embed_dim {source.flow.speaker_dim}; give files of one model"
             )
         state = nn.unbox(jax.eval_shape(lambda: speaker_model.init_model_state(speaker)))
-        abstract = _abstract(functools.partial(speaker_model.init_params, speaker)) | {"norms": state["norms"]}
+        abstract = _abstract(speaker_model.init_params, speaker) | {"norms": state["norms"]}
         loaded = load_tree(campplus_rules(), reader, abstract, on_host=True)
         params, kept = {"encoder": loaded["encoder"]}, {"norms": loaded["norms"], "num_batches": np.zeros((), np.int32)}
         hashes["speaker_encoder"] = speaker_model.encoder_hash(speaker, params, kept)
@@ -234,16 +233,25 @@ def _write_run(
 def _import_voices(source: _Official, place: pathlib.Path, hashes: dict[str, str]) -> tuple[str, ...]:
     if SPEAKERS not in source.files:
         return ()
-    entries = read_speakers(source.directory / SPEAKERS)
-    for speaker, entry in entries.items():
-        voice = voice_of(speaker, entry, source.tokenizer, hashes)
-        if len(voice.speaker_embedding) != source.flow.speaker_dim:
-            raise UserError(
-                f"{source.directory / SPEAKERS}: speaker '{speaker}' has an embedding of {len(voice.speaker_embedding)}, and"
-                f" {YAML} says flow.spk_embed_dim {source.flow.speaker_dim}; give files of one model"
-            )
+    voices = _read_voices(source.directory, source.tokenizer, source.flow, hashes)
+    for speaker, voice in voices.items():
         save_voice(place / VOICES / f"{file_stem(speaker)}{SUFFIX}", voice)
-    return tuple(entries)
+    return tuple(voices)
+
+
+def _read_voices(
+    directory: pathlib.Path, tokenizer: TextTokenizer, flow: FlowMatchingConfig, hashes: dict[str, str]
+) -> dict[str, Voice]:
+    voices = {}
+    for speaker, entry in read_speakers(directory / SPEAKERS).items():
+        voice = voices[speaker] = voice_of(speaker, entry, tokenizer, hashes)
+        voice.check()
+        if len(voice.speaker_embedding) != flow.speaker_dim:
+            raise UserError(
+                f"{directory / SPEAKERS}: speaker '{speaker}' has an embedding of {len(voice.speaker_embedding)}, and {YAML}"
+                f" says flow.spk_embed_dim {flow.speaker_dim}; give files of one model"
+            )
+    return voices
 
 
 def _keep(source: _Official, place: pathlib.Path, stages: set[str]) -> tuple[str, ...]:
@@ -268,8 +276,9 @@ def _is_backbone(name: str) -> bool:
     return len(parts) == 2 and parts[0] == BACKBONE and (parts[1] in known or parts[1].startswith("model"))
 
 
-def _abstract(init: Any) -> Any:
-    return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+@functools.lru_cache(maxsize=8)  # tracing takes seconds
+def _abstract(init: Callable[..., Any], config: Any) -> Any:
+    return nn.unbox(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
 
 
 def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:

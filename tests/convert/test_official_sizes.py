@@ -90,7 +90,9 @@ def other_models():
         sigma_min=3e-5,
         mask_chunks=(0, 30),
     )
-    hift = HiftVocoderConfig(width=48, num_harmonics=5, block_kernels=(3, 5), source_kernels=(3, 5, 7), dilations=(1, 2))
+    hift = HiftVocoderConfig(
+        width=48, num_harmonics=5, block_kernels=(3, 5), source_kernels=(3, 5, 7), dilations=(1, 2)
+    )
     return lm, flow, hift
 
 
@@ -99,7 +101,9 @@ def test_other_models_come_back_from_their_own_yaml(tmp_path):
     yaml = yaml_of(make_yaml(describe_sizes(lm, flow, hift)), tmp_path)
     assert read("llm", yaml, {}, lm.backbone) == lm
     assert read("hift", yaml, {}) == hift
-    shown = {f"encoder.up_encoders.{i}.x": ((1,), np.float32) for i in range(4)}  # the YAML leaves it to upstream's default
+    shown = {
+        f"encoder.up_encoders.{i}.x": ((1,), np.float32) for i in range(4)
+    }  # the YAML leaves it to upstream's default
     assert "num_up_blocks" not in make_yaml(describe_sizes(lm, flow, hift))
     assert read("flow", yaml, shown) == flow
     assert differing_sizes(yaml, describe_sizes(lm, flow, hift)) == []
@@ -206,7 +210,10 @@ def test_all_contradictions_are_one_line(tmp_path):
     [
         ({"hift": {"f0_look_ahead": 2}}, "hift_vocoder: f0_look_ahead is 2, and must be 5"),
         ({"hift": {"max_magnitude": 50.0}}, "hift_vocoder: max_magnitude is 50, and must be 100"),
-        ({"flow": {"estimator": EstimatorConfig(mlp_ratio=2)}}, r"flow_matching: estimator\.mlp_ratio is 2, and must be 4"),
+        (
+            {"flow": {"estimator": EstimatorConfig(mlp_ratio=2)}},
+            r"flow_matching: estimator\.mlp_ratio is 2, and must be 4",
+        ),
         ({"flow": {"num_mels": 100}}, "hift_vocoder: num_mels is 80, and must be 100"),
     ],
 )

@@ -106,7 +106,9 @@ def test_tied_tensors_are_known_by_place_or_by_bits(tmp_path, monkeypatch):
     table = torch.arange(12.0).reshape(3, 4)
     off = table.clone()
     off[2, 3] += 1
-    torch.save({"table": table, "tied": table, "copy": table.clone(), "off": off, "flat": table.flatten()}, tmp_path / "a.pt")
+    torch.save(
+        {"table": table, "tied": table, "copy": table.clone(), "off": off, "flat": table.flatten()}, tmp_path / "a.pt"
+    )
     reader = TorchReader(tmp_path / "a.pt")
     same = {name: reader.same_bytes("table", name) for name in reader.names()}
     assert same == {"table": True, "tied": True, "copy": True, "off": False, "flat": False}

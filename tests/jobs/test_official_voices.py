@@ -56,7 +56,9 @@ def test_a_voice_with_a_recording_is_all_that_zero_shot_takes(tokenizer):
         "flow_embedding": (1, 24),
         "embedding": (1, 24),
     }
-    lengths = [int(entry[f"{name}_len"][0]) for name in ("prompt_text", "flow_prompt_speech_token", "prompt_speech_feat")]
+    lengths = [
+        int(entry[f"{name}_len"][0]) for name in ("prompt_text", "flow_prompt_speech_token", "prompt_speech_feat")
+    ]
     assert lengths == [num_text, 7, 14]
     back = voice_of("ann", entry, tokenizer, HASHES)
     assert same_voice(back, voice)

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import types
 import zipfile
 
 import ml_dtypes
@@ -25,7 +26,7 @@ def arrays(seed=0):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(path, values, tied={}):
+def write(path, values, tied=types.MappingProxyType({})):
     tensors = {name: ForeignTensor(shape=a.shape, read=lambda a=a: a) for name, a in values.items()}
     write_state_dict(path, tensors, tied)
 

@@ -5,6 +5,7 @@ The checklist is spec/official.md 1.5. What an import kept is written again wher
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -30,7 +31,7 @@ from cv2jax.convert.official_sizes import describe_sizes, differing_sizes, strea
 from cv2jax.convert.official_template import make_yaml
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.onnx_graphs import write_campplus_onnx, write_estimator_onnx, write_speech_tokenizer_onnx
-from cv2jax.convert.qwen import INDEX, WEIGHTS, read_backbone_config, save_backbone
+from cv2jax.convert.qwen import CONFIG, INDEX, WEIGHTS, read_backbone_config, save_backbone
 from cv2jax.convert.speakers import read_speakers, write_speakers
 from cv2jax.convert.staging import staged_directory
 from cv2jax.jobs.official_files import (
@@ -257,8 +258,17 @@ def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh, lora: str) -> int:
     if kept is not None and _still_fits(kept, found):
         shutil.copytree(kept, place / BACKBONE)
     else:
-        save_backbone(params, found.lm.backbone, place / BACKBONE, dtype="bfloat16", finish=found.tokenizer.save)
+        finish = functools.partial(_finish_backbone, found.tokenizer)
+        save_backbone(params, found.lm.backbone, place / BACKBONE, dtype="bfloat16", finish=finish)
     return _count(params)
+
+
+def _finish_backbone(tokenizer: TextTokenizer, place: pathlib.Path) -> None:
+    """Adds the tokenizer, and has the model built in fp32: its weights, short as upstream's, all give way to llm.pt's."""
+    tokenizer.save(place)
+    config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+    config |= dict.fromkeys(("torch_dtype", "dtype"), "float32")
+    (place / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _still_fits(kept: pathlib.Path, found: _Model) -> bool:

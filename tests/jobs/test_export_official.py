@@ -240,6 +240,19 @@ def test_the_checklist_is_all_there(exported):
         assert {tensor.dtype for tensor in load(exported / file).values()} == {torch.float32}
 
 
+def test_transformers_takes_the_backbone_and_llm_pt(exported):
+    """As upstream does: the Qwen2 directory first, then llm.pt over it, strictly."""
+    transformers = pytest.importorskip("transformers")
+    place, theirs = exported / "CosyVoice-BlankEN", load(exported / "llm.pt")
+    model = transformers.Qwen2ForCausalLM.from_pretrained(place)
+    start = "llm.model."
+    model.load_state_dict({n.removeprefix(start): t for n, t in theirs.items() if n.startswith(start)}, strict=True)
+    assert torch.equal(model.lm_head.weight, theirs["llm.model.model.embed_tokens.weight"])
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(place), load_text_tokenizer(place)
+    text = "one two<|endofprompt|> three [breath]"
+    assert tokenizer.encode(text) == ours.encode(text)
+
+
 def test_a_language_model_goes_out_averaged_and_merged(trained, exported):
     from cv2jax.convert.official import llm_rules
     from cv2jax.models.text_speech_lm.model import init_params

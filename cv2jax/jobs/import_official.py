@@ -138,6 +138,8 @@ def _look(directory: pathlib.Path) -> _Official:
             f" {lm.backbone.vocabulary_size} rows; give files of one model"
         )
     prints = {stage: fingerprint(directory / file) for stage, file in FILE_OF.items()}
+    if SPEAKERS in files:  # soon, not when gigabytes are read
+        _read_voices(directory, tokenizer, flow, {"speech_tokenizer": "", "speaker_encoder": ""})
     return _Official(directory=directory, files=files, lm=lm, flow=flow, hift=hift, tokenizer=tokenizer, prints=prints)
 
 

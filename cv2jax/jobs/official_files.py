@@ -51,13 +51,16 @@ def list_files(directory: pathlib.Path) -> list[str]:
 
 
 def fingerprint(path: pathlib.Path) -> str:
-    """Hex digits that tell a file from others: of a zip the checksums inside, of another file all its bytes."""
+    """Hex digits that tell a file from others: of a `.pt` by the checksums inside, of another by all its bytes."""
     digest = hashlib.sha256()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                name = entry.filename.partition("/")[2]  # the first folder is called like the file was
-                digest.update(f"{name} {entry.CRC} {entry.file_size}\n".encode())
+    if path.suffix == ".pt":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    name = entry.filename.partition("/")[2]  # the first folder is called like the file was
+                    digest.update(f"{name} {entry.CRC} {entry.file_size}\n".encode())
+        except (zipfile.BadZipFile, UnicodeError) as error:
+            raise UserError(f"{path}: is damaged ({error}); copy it again") from None
         return digest.hexdigest()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -74,7 +74,7 @@ def test_every_marker_is_run_somewhere_and_explained() -> None:
     markers = {line.partition(":")[0] for line in options["markers"]}
     excluded = set(re.findall(r"not (\w+)", options["addopts"]))
     run = set(re.findall(r"pytest -m '?(\w+)", _read(".ci/run") + _read(".ci/full")))
-    assert markers == excluded == run | {"official"}
+    assert markers == excluded == run
     assert all(f"`{marker}`" in _read("CONTRIBUTING.md") for marker in markers)
 
 

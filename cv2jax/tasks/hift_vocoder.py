@@ -16,7 +16,7 @@ from cv2jax.evaluation.copies import CopyScore
 from cv2jax.models.hift_vocoder.config import HiftTrainingConfig
 from cv2jax.models.hift_vocoder.discriminators import Discriminators
 from cv2jax.models.hift_vocoder.losses import adversarial_loss, discriminator_loss, tpr_loss
-from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params
+from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params, recount
 from cv2jax.models.hift_vocoder.spectral import mel_distance, stft_distance
 from cv2jax.models.hift_vocoder.stream import require_mel
 from cv2jax.models.hift_vocoder.windows import cut_windows
@@ -92,9 +92,11 @@ class HiftVocoderTask(AudioTask):
         if not self._config.init_from:
             return state
         mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        theirs, params = load_vocoder(self._config.init_from, mesh)
+        own = self.model_config.generator
+        units = {"mel_origin": own.mel_origin, "upsampling_unit": own.upsampling_unit}
+        theirs, params = recount(*load_vocoder(self._config.init_from, mesh), **units)
         free = {"dtype": "", "f0_look_ahead": 0}  # neither changes a shape
-        ours = dataclasses.asdict(self.model_config.generator) | free
+        ours = dataclasses.asdict(own) | free
         lines = differences(ours, dataclasses.asdict(theirs) | free, "model.generator.")
         if lines:
             raise UserError(

@@ -31,6 +31,7 @@ from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.models.text_speech_lm.model import init_params as init_lm
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config
 from cv2jax.synthesis.engine import Engine
+from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.request import Request
 from cv2jax.synthesis.sampling import RequestSampler
 from cv2jax.synthesis.session import Pcm, Session
@@ -43,6 +44,7 @@ from cv2jax.text.tokenizer import train_text_tokenizer
 
 _PROMPT_TOKENS, _PROMPT_TEXT, _TEXT, _DRAWN = 87, 20, 40, 250  # ids and speech tokens of the scenario
 _SOAK, _SETTLED = 200, 60  # requests; from this one on memory must not grow
+_CPU_FACTOR = 5.0  # real-time factor that hops are planned for at official size on a CPU: there nothing keeps up
 _MEGABYTE = 1 << 20
 _BYTES = 300  # ids of a tokenizer that has merged nothing: one a byte
 
@@ -110,7 +112,8 @@ def random_engine(*, is_tiny: bool, num_slots: int) -> Engine:
         wave=make_wave_stage(vocoder, init(init_vocoder, vocoder)),
     )
     tokenizer = train_text_tokenizer([""], _BYTES)
-    return Engine(stages, tokenizer, num_slots=num_slots, normalizer="")
+    plan = HopPlan(real_time_factor=_CPU_FACTOR) if on_cpu and not is_tiny else HopPlan()
+    return Engine(stages, tokenizer, plan=plan, num_slots=num_slots, max_voices=1, normalizer="")
 
 
 def random_voice(engine: Engine) -> Voice:

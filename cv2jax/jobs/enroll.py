@@ -20,7 +20,14 @@ from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transc
 from cv2jax.synthesis.trim import TOKENS_PER_SECOND, best_lengths, num_fed_again, plan_cut
 from cv2jax.synthesis.voice import Voice, check_voice_path, save_voice
 from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import has_stage, require_same_tokenizer, stage_run
+from cv2jax.tasks.model_directory import (
+    STAND_IN,
+    has_stage,
+    learnt_encoder,
+    require_same_encoder,
+    require_same_tokenizer,
+    stage_run,
+)
 from cv2jax.text.tags import END_OF_PROMPT, check_tags
 from cv2jax.train.run import load_run
 
@@ -89,9 +96,11 @@ def enroll(
         similarities: tuple[float, ...] = ()
     else:
         loaded = load_speaker_encoder(runs[1])
+        require_same_encoder(model, loaded.hash)
         vectors, encoder = embed_recordings(loaded, [clip, *more]), loaded.hash
         # Source: the official speaker embedding is the mean of raw vectors (spec/frontends.md 2.1).
         embedding, similarities = vectors.mean(axis=0), _similarities(vectors)
+    _warn_of_stand_ins(model)
     tokens, mel = encode_recording(tokenizer, clip)
     voice = Voice(
         speaker_embedding=embedding,
@@ -206,6 +215,18 @@ def _find_chunk(model: str | os.PathLike[str], chunk: int | None) -> int | None:
     return _USUAL_CHUNK if _USUAL_CHUNK in longer else next(iter(longer), None)
 
 
+def _warn_of_stand_ins(model: str | os.PathLike[str]) -> None:
+    if not (has_stage(model, "flow_matching") and has_stage(model, "speaker_encoder")):
+        return
+    run = stage_run(model, "flow_matching")
+    if learnt_encoder(run) == STAND_IN:
+        logging.warning(
+            "%s: was trained on stand-ins made of names and knows no embeddings of audio; what it makes of this voice's is"
+            " not the speaker: train a flow with data.speaker_embeddings, a file of `cv2jax embed`",
+            run,
+        )
+
+
 def _read_embedding(model: str | os.PathLike[str] | None, place: str) -> tuple[Float32[np.ndarray, " E"], str]:
     """(raw embedding, hash of its encoder) of FILE.npz:ID, a speaker's mean or else an utterance's."""
     path, mark, identity = place.partition(f"{EMBEDDINGS}:")
@@ -225,6 +246,7 @@ def _read_embedding(model: str | os.PathLike[str] | None, place: str) -> tuple[F
                 f"{file.path}: is of speaker encoder {file.encoder[:_SHOWN]}, {run} is {ours[:_SHOWN]}; run `cv2jax embed`"
                 " with that"
             )
+        require_same_encoder(model, ours)
     return file.speaker(identity) if identity in file.speakers else file.utterance(identity), file.encoder
 
 

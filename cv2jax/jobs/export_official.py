@@ -31,9 +31,10 @@ from cv2jax.convert.official_sizes import describe_sizes, differing_sizes, strea
 from cv2jax.convert.official_template import make_yaml
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.onnx_graphs import write_campplus_onnx, write_estimator_onnx, write_speech_tokenizer_onnx
-from cv2jax.convert.qwen import CONFIG, INDEX, WEIGHTS, read_backbone_config, save_backbone
+from cv2jax.convert.qwen import CONFIG, read_backbone_config, save_backbone
 from cv2jax.convert.speakers import read_speakers, write_speakers
 from cv2jax.convert.staging import staged_directory
+from cv2jax.jobs.official_checks import check_backbone_files, still_sound
 from cv2jax.jobs.official_files import (
     BACKBONE,
     ESTIMATOR,
@@ -251,7 +252,7 @@ def _write_flow(found: _Model, place: pathlib.Path, mesh: Mesh) -> int:
     config, params = load_flow(found.runs["flow_matching"], mesh)
     write_flow(place / FLOW_FILE, params)
     kept = found.kept.find(ESTIMATOR)
-    if kept is not None and found.is_unchanged("flow_matching"):
+    if kept is not None and found.is_unchanged("flow_matching") and still_sound(kept):
         shutil.copyfile(kept, place / ESTIMATOR)
     else:
         write_estimator_onnx(place / ESTIMATOR, config, params)
@@ -265,7 +266,7 @@ def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh, lora: str) -> int:
     write_llm(place / LLM_FILE, params)
     kept = found.kept.find(BACKBONE)
     if kept is not None and _still_fits(kept, found):
-        shutil.copytree(kept, place / BACKBONE)
+        shutil.copytree(kept, place / BACKBONE, ignore=shutil.ignore_patterns(".*"))
     else:
         finish = functools.partial(_finish_backbone, found.tokenizer)
         save_backbone(params, found.lm.backbone, place / BACKBONE, dtype="bfloat16", finish=finish)
@@ -286,8 +287,13 @@ def _still_fits(kept: pathlib.Path, found: _Model) -> bool:
     ours = dataclasses.replace(
         found.lm.backbone, remat=theirs.remat, scan_layers=theirs.scan_layers, dtype=theirs.dtype
     )
-    has_weights = any((kept / name).is_file() for name in (WEIGHTS, INDEX, "pytorch_model.bin"))
-    return has_weights and theirs == ours and load_text_tokenizer(kept).hash == found.tokenizer.hash
+    if theirs != ours or load_text_tokenizer(kept).hash != found.tokenizer.hash:
+        return False
+    try:
+        return check_backbone_files(kept, theirs)
+    except UserError as error:
+        logging.warning("%s; a new one is written", error)
+        return False
 
 
 def _write_yaml(found: _Model, place: pathlib.Path) -> None:

@@ -5,15 +5,19 @@ import pathlib
 from absl import logging
 
 from cv2jax.config import UserError
+from cv2jax.convert.official_sizes import streaming_chunk
 from cv2jax.convert.onnx_file import OnnxFile
 from cv2jax.convert.qwen import INDEX, WEIGHTS, SafetensorsReader, check_backbone, read_json
 from cv2jax.convert.torch_file import TorchReader
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config
 
 _TORCH_WEIGHTS = "pytorch_model.bin"
 _GENERATION = "generation_config.json"
 # spec/official.md 1.4
 _ESTIMATOR_INPUTS = {"x", "mask", "mu", "t", "spks", "cond"}
+# Written into upstream's code (spec/official.md 4.2, 4.3), whatever its YAML says.
+_WIDTH, _UPSAMPLED_LAYERS, _STEPS = 512, 4, 10
 
 
 def check_backbone_files(directory: pathlib.Path, config: Qwen2Config) -> bool:
@@ -51,3 +55,24 @@ def still_sound(path: pathlib.Path) -> bool:
         logging.warning("%s; a new one is written", error)
         return False
     return True
+
+
+def warn_of_differences(lm_run: pathlib.Path, prefix: str, flow_run: pathlib.Path, flow: FlowMatchingConfig) -> None:
+    """Says, a line each, what the official code does otherwise with a language model's corpus `prefix` and a flow."""
+    encoder = flow.encoder
+    if (encoder.width, encoder.num_upsampled_layers) != (_WIDTH, _UPSAMPLED_LAYERS):
+        logging.warning(
+            "%s: its encoder has width %d and %d upsampled layers; the official code, as released, builds %d and %d only, and"
+            " will not load it",
+            *(flow_run, encoder.width, encoder.num_upsampled_layers, _WIDTH, _UPSAMPLED_LAYERS),
+        )
+    if prefix == "speaker":
+        logging.warning(
+            "%s: learnt its voices from names in front of the text; no official mode puts one there", lm_run
+        )
+    if not streaming_chunk(flow):
+        logging.warning("%s: was not trained for chunks; the official stream will see all at each hop", flow_run)
+    if flow.temperature != 1:
+        logging.warning("%s: speaks at temperature %g; the official code at 1", flow_run, flow.temperature)
+    if flow.num_steps != _STEPS:
+        logging.warning("%s: solves in %d steps; the official code in %d", flow_run, flow.num_steps, _STEPS)

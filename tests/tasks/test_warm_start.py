@@ -5,10 +5,11 @@ import json
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cv2jax.config import MeshConfig, TrainConfig, UserError, to_dict
+from cv2jax.config import LoraConfig, MeshConfig, TrainConfig, UserError, to_dict
 from cv2jax.models.flow_matching.config import EstimatorConfig, FlowEncoderConfig, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
@@ -17,8 +18,10 @@ from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config
 from cv2jax.nn.stack import match_layers
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state
+from cv2jax.tasks.trained import load_params
 from cv2jax.tasks.warm_start import load_initial, load_initial_flow
 from cv2jax.text.tokenizer import train_text_tokenizer
+from cv2jax.train.lora import add_lora, effective_params, save_lora
 from cv2jax.train.state import TrainState
 from tests.official_directory import random_tree
 from tests.small_model_directory import write_run
@@ -90,3 +93,23 @@ def test_a_flow_does_not_start_from_another_stage(tmp_path):
     write_run(tmp_path / "run", "text_speech_lm", {"model": {}})
     with pytest.raises(UserError, match="is a run of text_speech_lm; give the --workdir of a flow_matching"):
         load_initial_flow(str(tmp_path / "run"), FLOW, {})
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_side_file_fits_its_base_in_either_form(theirs, tmp_path):
+    base, lora = scanned(LM, theirs), LoraConfig(rank=2)
+    params = write(tmp_path / "run", "text_speech_lm", base, init_lm)
+    with_factors = jax.eval_shape(
+        lambda key: add_lora(init_lm(scanned(LM, not theirs), key), lora, key), jax.random.key(0)
+    )
+    trained = jax.tree.map(jnp.asarray, random_tree(with_factors, np.random.default_rng(1)))
+    trained |= jax.tree.map(jnp.asarray, match_layers(params, {name: trained[name] for name in params}))
+    save_lora(tmp_path / "lora.safetensors", trained, lora)
+    mesh, init = make_mesh(MeshConfig(), jax.devices()[:1]), lambda key: init_lm(base, key)
+    loaded, _ = load_params(tmp_path / "run", init, mesh, lora_file=str(tmp_path / "lora.safetensors"))
+    want = match_layers(effective_params(trained, lora), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, want)
+    other = jax.tree.map(lambda a: a + 1, trained)
+    save_lora(tmp_path / "other.safetensors", other, lora)
+    with pytest.raises(UserError, match=r"other\.safetensors does not fit: base: .* in the file"):
+        load_params(tmp_path / "run", init, mesh, lora_file=str(tmp_path / "other.safetensors"))

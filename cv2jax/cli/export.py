@@ -45,8 +45,10 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     )
     for stage in STAGES:
         define.DEFINE_string(stage, "", "For official: its run, in place of the model directory's.", flag_values=flags)
-    names = "For official, of normalised kernels: parametrised or weight_g."
-    define.DEFINE_string("hift_names", "parametrised", names, flag_values=flags)
+    names = (
+        "For official, of normalised kernels: parametrised or weight_g; by default as the imported hift.pt has them."
+    )
+    define.DEFINE_string("hift_names", "", names, flag_values=flags)
     define.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=flags)
     define.DEFINE_boolean("ema", True, "The moving average, where the run keeps one.", flag_values=flags)
 

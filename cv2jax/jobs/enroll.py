@@ -17,7 +17,8 @@ from cv2jax.data.embeddings import EmbeddingFile
 from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
 from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
-from cv2jax.synthesis.trim import TOKENS_PER_SECOND, best_lengths, num_fed_again, plan_cut
+from cv2jax.synthesis.stages import TOKENS_PER_SECOND
+from cv2jax.synthesis.trim import best_lengths, num_fed_again, plan_cut
 from cv2jax.synthesis.voice import Voice, check_voice_path, save_voice
 from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
 from cv2jax.tasks.model_directory import (

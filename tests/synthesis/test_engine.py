@@ -26,7 +26,8 @@ def engine():
 
 
 def ask(**settings) -> Request:
-    return Request(**({"voice": voice(), "text": TEXT, "max_length": 40, "min_length": 31} | settings))
+    drawn = {} if settings.get("mode") == "conversion" else {"max_length": 40, "min_length": 31}
+    return Request(**({"voice": voice(), "text": TEXT} | drawn | settings))
 
 
 def hear(session) -> np.ndarray:

@@ -161,9 +161,9 @@ def test_a_conversion_refuses_what_it_has_no_use_for(said, tmp_path, flag, messa
 
 
 def test_a_full_disk_is_one_line():
-    with pytest.raises(UserError, match=r"^--out -: standard output cannot be written \(No space left on device\)$"):
-        with open("/dev/full", "wb", buffering=0) as full:
-            job._send(full, Pcm(samples=np.zeros(9, np.float32), first_sample=0))
+    line = r"^--out -: standard output cannot be written \(No space left on device\)$"
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(UserError, match=line):
+        job._send(full, Pcm(samples=np.zeros(9, np.float32), first_sample=0))
 
 
 def test_a_model_that_is_not_there_is_told_and_makes_no_folder(tmp_path):

@@ -32,11 +32,14 @@ def tokenizer():
 
 
 @functools.cache
-def speech_stage(num_steps: int = 9):
+def speech_stage(num_steps: int = 9, spoilt: int | None = None):
+    """The language model; the embedding of text token `spoilt` is NaN."""
     rng = np.random.default_rng(7)
     params = jax.tree.map(
         lambda a: jnp.asarray(a + 0.15 * rng.normal(size=a.shape), jnp.float32), golden_params(golden_config())
     )
+    if spoilt is not None:
+        params["text_embedding"] = params["text_embedding"].at[spoilt].set(jnp.nan)
     return make_speech_stage(golden_config(), params, RequestSampler(), num_steps=num_steps)
 
 

@@ -94,7 +94,7 @@ def speak(
 ) -> Result:
     """`synthesize` with a loaded engine: the request, then the `pieces` of its text as they come."""
     session, frames = engine.open(request), []
-    pipe = sys.stdout.buffer if out == PIPE else None
+    pipe = _open_pipe() if out == PIPE else None
     try:
         for frame in _frames(session, pieces):
             frames.append(frame.samples)
@@ -163,11 +163,17 @@ def _frames(session: Session, pieces: Iterator[str]) -> Iterator[Pcm]:
     yield from session
 
 
-def _send(pipe: ByteStream, frame: Pcm) -> None:
+def _open_pipe() -> ByteStream | io.RawIOBase:
+    """Standard output without its buffer, which would try to write again, at the exit, what could not be written."""
+    return getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+
+
+def _send(pipe: ByteStream | io.RawIOBase, frame: Pcm) -> None:
     """Writes a frame; UserError where there is no room for it, BrokenPipeError where nobody reads it."""
+    rest = memoryview(to_int16(frame.samples).astype("<i2").tobytes())
     try:
-        pipe.write(to_int16(frame.samples).astype("<i2").tobytes())
-        pipe.flush()
+        while rest:
+            rest = rest[pipe.write(rest) :]
     except BrokenPipeError:
         raise
     except OSError as error:

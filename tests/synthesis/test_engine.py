@@ -19,7 +19,6 @@ from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
 from cv2jax.synthesis.wave_stream import synthesise
 from tests.synthesis.small_engine import CHUNK, PER_TOKEN, TEXT, make_engine, speech_stage, stages, tokenizer, voice
 
-
 SOURCE = {"source_tokens": np.arange(3)}
 
 

@@ -15,9 +15,12 @@ from cv2jax.config import UserError, from_dict
 from cv2jax.data.embeddings import SUFFIX as EMBEDDINGS
 from cv2jax.data.embeddings import EmbeddingFile
 from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
+from cv2jax.models.flow_matching.generate import stream_mask
 from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
+from cv2jax.nn.chunks import NO_CHUNK
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
-from cv2jax.synthesis.trim import TOKENS_PER_SECOND, best_lengths, num_fed_again, plan_cut
+from cv2jax.synthesis.stages import TOKENS_PER_SECOND
+from cv2jax.synthesis.trim import best_lengths, num_fed_again, plan_cut
 from cv2jax.synthesis.voice import Voice, check_voice_path, save_voice
 from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
 from cv2jax.tasks.model_directory import (
@@ -31,7 +34,6 @@ from cv2jax.tasks.model_directory import (
 from cv2jax.text.tags import END_OF_PROMPT, check_tags
 from cv2jax.train.run import load_run
 
-_USUAL_CHUNK = 25  # tokens: hops of a second
 _SHOWN = 12  # digits of a hash
 
 
@@ -45,9 +47,7 @@ class EnrollOptions:
     seed: int = 0  # of the noise that its frames start from
     embedding_from: tuple[str, ...] = ()  # more recordings of the speaker
     speaker_embedding: str = ""  # FILE.npz:ID of `cv2jax embed`, in place of the speaker encoder
-    chunk: int | None = (
-        None  # of the mask that will stream, in tokens; None: 25 or the least that the flow was trained for
-    )
+    chunk: int | None = None  # of the mask that will stream, in tokens; None: that of `stream_mask`
     trim: bool = True
 
 
@@ -204,15 +204,14 @@ def _prepare(audio: str, options: EnrollOptions, chunk: int | None) -> tuple[Aud
 
 
 def _find_chunk(model: str | os.PathLike[str], chunk: int | None) -> int | None:
-    """The chunk that is asked for, or that the directory's flow will most likely stream in; None where that is not known."""
+    """The chunk that is asked for, or that the engine streams the directory's flow in; None where that is not known."""
     if chunk is not None or not has_stage(model, "flow_matching"):
         return chunk
     facts = load_run(stage_run(model, "flow_matching"))["facts"]
     if "model" not in facts:
         return None
-    chunks = sorted({size for size in from_dict(FlowMatchingConfig, facts["model"]).mask_chunks if size > 0})
-    longer = [size for size in chunks if size > 1] or chunks  # a chunk of one token suits any prompt
-    return _USUAL_CHUNK if _USUAL_CHUNK in longer else next(iter(longer), None)
+    streams = stream_mask(from_dict(FlowMatchingConfig, facts["model"])).chunk
+    return streams if streams < NO_CHUNK else None
 
 
 def _warn_of_stand_ins(model: str | os.PathLike[str]) -> None:

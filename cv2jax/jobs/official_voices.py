@@ -13,7 +13,8 @@ from absl import logging
 from cv2jax.config import UserError
 from cv2jax.convert.speakers import read_speakers
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.synthesis.voice import FRAMES_PER_TOKEN, SUFFIX, Voice
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
+from cv2jax.synthesis.voice import SUFFIX, Voice
 from cv2jax.text.tokenizer import TextTokenizer
 
 # What `add_zero_shot_spk` saves (spec/official.md 1.3), and the one key of a speaker-only entry.

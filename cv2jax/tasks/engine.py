@@ -13,10 +13,9 @@ from jaxtyping import Float32, Int32
 from cv2jax.audio.mel import FLOW_MEL
 from cv2jax.config import MeshConfig, UserError
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
+from cv2jax.models.flow_matching.generate import choose_mask
 from cv2jax.models.speech_tokenizer.tokenize import make_encoder
 from cv2jax.models.text_speech_lm.model import init_params
-from cv2jax.nn.chunks import ChunkMask
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.plan import HopPlan
@@ -39,21 +38,31 @@ class EngineOptions:
     num_slots: int = 1
     max_voices: int = 1
     chunk: int | None = None  # tokens, of the flow's mask; None: the smallest that it was trained for
+    left: int | None = None  # tokens of left context, -1: without an end; None: as it was trained with that chunk
     normalizer: str | None = None  # none, wetext or auto; "": texts stay as they are; None: as the corpus's were read
+
+    def validate(self) -> None:
+        """Raises UserError for a mask that cannot be."""
+        if self.chunk is not None and self.chunk < 1:
+            raise UserError(f"chunk={self.chunk}: give the tokens of a chunk, 1 or more, or leave it out")
+        if self.left is not None and self.left < -1:
+            raise UserError(f"left={self.left}: give tokens of left context, 0 or more, or -1 for no bound")
 
 
 def load_engine(model: str | os.PathLike[str], options: EngineOptions = EngineOptions()) -> Engine:
     """The engine of a model directory, on this process's first device, in fp32.
 
     The newest checkpoint of each run speaks, its moving average where it keeps one. The speech tokenizer is read when
-    something is converted. Raises UserError for a directory that lacks a stage, and for stages that do not fit.
+    something is converted. Raises UserError for a directory that lacks a stage, for stages that do not fit, and for options
+    that cannot be.
     """
+    options.validate()
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     speech, tokenizer, read_as = _load_speech(model, mesh, options)
     mel, config = _load_mel(model, mesh)
     vocoder, params = load_vocoder(stage_run(model, "hift_vocoder"), mesh)
     wave = make_wave_stage(vocoder, _on_one_device(params), mel.mel_definition)
-    mask = ChunkMask(chunk=options.chunk) if options.chunk else dataclasses.replace(stream_mask(config), prompt=0)
+    mask = choose_mask(config, chunk=options.chunk, left=options.left)
     return Engine(
         Stages(speech=speech, mel=mel, wave=wave, tokenizer=_tokenizer_stage(model, mel.speech_tokenizer)),
         tokenizer,

@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import safetensors
-from absl import logging
 from jaxtyping import Float, Integer
 from safetensors.numpy import load, save
 

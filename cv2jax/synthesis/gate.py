@@ -196,22 +196,32 @@ def _speech_answer(stage: SpeechStage, question: Mapping[str, Any]) -> Answer:
     state = feed(state, given, np.full(len(given), SPEECH_KIND, np.int32))
     logits.append(_logits(state)[row])
     state = feed(stage.reset(state, np.ones(num_slots, bool)), tokens, kinds)
-    ones = np.ones(num_slots, np.int32)
-    budget = np.where(np.arange(num_slots) == row, min(_NUM_DRAWS, stage.num_steps), 0).astype(np.int32)
-    options = stage.sampler.row({})
-    controls = Controls(
-        key=np.stack([question["key"]] * num_slots),
-        options={
-            name: np.full(num_slots, value, np.float32 if isinstance(value, float) else np.int32)
-            for name, value in options.items()
-        },
-        min_length=0 * ones,
-        max_length=1000 * ones,
-        budget=budget,
+    drawn: list[int] = []
+    while len(drawn) < _NUM_DRAWS:
+        budget = min(_NUM_DRAWS - len(drawn), stage.num_steps)
+        state, made = stage.decode(state, _controls(stage, num_slots, question["key"], budget))
+        new = np.asarray(made.speech_tokens)[row, :budget]
+        drawn += new.tolist()
+        if np.any(new < 0):  # its scores are not finite
+            break
+    return {"logits": np.stack(logits), "drawn": np.array(drawn, np.int32)}
+
+
+def _controls(stage: SpeechStage, num_slots: int, key: np.ndarray, budget: int) -> Controls:
+    """So many draws of the last slot, with the default options and no end."""
+    whole = lambda number: np.full(num_slots, number, np.int32)  # noqa: E731
+    options = {
+        name: np.full(num_slots, value, np.float32 if isinstance(value, float) else np.int32)
+        for name, value in stage.sampler.row({}).items()
+    }
+    return Controls(
+        key=np.stack([key] * num_slots),
+        options=options,
+        min_length=whole(0),
+        max_length=whole(1000),
+        budget=np.where(np.arange(num_slots) == num_slots - 1, budget, 0).astype(np.int32),
         may_end=np.zeros(num_slots, bool),
     )
-    _, drawn = stage.decode(state, controls)
-    return {"logits": np.stack(logits), "drawn": np.asarray(drawn.speech_tokens)[row, :_NUM_DRAWS]}
 
 
 def _feed(stage: SpeechStage, state: State, num_slots: int, tokens: np.ndarray, kinds: np.ndarray) -> State:

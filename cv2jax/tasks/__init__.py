@@ -9,10 +9,15 @@ from cv2jax.config import TrainConfig, UserError
 NO_TASKS = (
     "__init__",
     "audio_task",
+    "bundle",
+    "bundle_parts",
+    "bundle_programs",
     "encoders",
+    "engine",
     "free_run",
     "heard_flow",
     "model_directory",
+    "stages",
     "trained",
     "warm_start",
 )

@@ -81,7 +81,7 @@ def enroll(
         runs.append(stage_run(model, "speaker_encoder"))
     chunk = _find_chunk(model, options.chunk)
     clip, findings, cut_start, cut_end = _prepare(audio, options, chunk)
-    more = [_load(path, PIECE_SECONDS[-1])[0] for path in options.embedding_from]
+    more = [_load(path, float(PIECE_SECONDS[-1]))[0] for path in options.embedding_from]
     tokenizer = load_tokenizer(runs[0])
     require_same_tokenizer(model, tokenizer.hash)
     if options.speaker_embedding:

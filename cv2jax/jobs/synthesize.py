@@ -1,6 +1,7 @@
 """`cv2jax synthesize`: speech of a text, of text that arrives, or of a recording, to a file or to a pipe while it is made."""
 
 import dataclasses
+import io
 import os
 import pathlib
 import sys
@@ -24,6 +25,8 @@ from cv2jax.tasks.model_directory import find_voice
 PIPE = "-"
 WHOLE = ("ok", "hit_limit")  # what is written to a file: what was heard before a stage failed is not
 _SOURCE_RATE_HZ = 16_000
+
+ByteStream = io.BufferedIOBase | BinaryIO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ def synthesize(
     if out != PIPE:
         check_out(out)
     sampling, plan = options.sampling, HopPlan(real_time_factor=options.real_time_factor)
+    plan.validate()
     voice = load_voice(find_voice(model, options.voice))
     request = make_request(voice, text, options)
     settings = {"chunk": options.chunk, "normalizer": options.normalizer}
@@ -140,12 +144,12 @@ def _frames(session: Session, pieces: Iterator[str]) -> Iterator[Pcm]:
     yield from session
 
 
-def _send(pipe: BinaryIO, frame: Pcm) -> None:
+def _send(pipe: ByteStream, frame: Pcm) -> None:
     pipe.write(to_int16(frame.samples).astype("<i2").tobytes())
     pipe.flush()
 
 
-def read_lines(stream: BinaryIO) -> Iterator[str]:
+def read_lines(stream: ByteStream) -> Iterator[str]:
     """The lines of a stream, each when it is there; UserError for bytes that are no UTF-8."""
     for number, line in enumerate(iter(stream.readline, b""), 1):
         try:

@@ -25,7 +25,8 @@ _EDGE_SECONDS = 0.01  # a period of a deep voice: a word that is cut is loud her
 _SILENCE_DB = 35.0  # this far below the loudest frames nothing of a word is
 _FLOOR = 1e-12
 _STEADY_DB, _NOISY_DB = 8.0, 16.0
-_EDGE_DB = 20.0
+# Words die away, but may start with a vowel at full level: the start has to be louder to be taken for a cut.
+_START_DB, _END_DB, _ABOVE_NOISE_DB = 10.0, 20.0, 10.0
 _QUIET_DBFS, _LOUD_DBFS = -38.0, -9.0
 _FLAT_SHARE, _RUINED_SHARE = 1e-3, 0.05
 _FLAT_LEVEL = 0.999  # of the peak
@@ -108,12 +109,12 @@ def check_clip(clip: AudioClip, *, max_seconds: float = MAX_SECONDS) -> list[Fin
         return [_error("unusable", str(error).removeprefix(f"{clip.name}: "))]
     if clip.seconds < MIN_SECONDS:
         return [
-            _error("short", f"lasts {clip.seconds:.2f} s; give a sentence of 3 to 10 s, at least {MIN_SECONDS:g} s")
+            _error("short", f"lasts {clip.seconds:.3g} s; give a sentence of 3 to 10 s, at least {MIN_SECONDS:g} s")
         ]
     if clip.seconds > max_seconds:
         return [
             _error(
-                "long", f"lasts {clip.seconds:.1f} s; at most {max_seconds:g} s fit: cut out one sentence of 3 to 10 s"
+                "long", f"lasts {clip.seconds:.4g} s; at most {max_seconds:g} s fit: cut out one sentence of 3 to 10 s"
             )
         ]
     if "silence" in told:
@@ -205,7 +206,12 @@ def _length_findings(clip: AudioClip, m: ClipMeasures, max_seconds: float) -> li
 def _sound_findings(m: ClipMeasures) -> list[Finding]:
     """What can be heard in speech: words cut off, noise, level, whisper."""
     findings = []
-    edges = [name for name, level in (("start", m.first_db), ("end", m.last_db)) if _is_loud(level, m)]
+    edges = [
+        name
+        for name, level, least in (("start", m.first_db, -_START_DB), ("end", m.last_db, -_END_DB))
+        if level
+        > max(least, m.quiet_db + _ABOVE_NOISE_DB)  # near the loudest frames, and no noise that is always there
+    ]
     if edges:
         message = f"sounds right at its {' and its '.join(edges)}, so that a word may be cut off; cut it in a pause"
         findings.append(_warning("cut", f"{message}, with 0.1 s of silence left"))
@@ -227,11 +233,6 @@ def _sound_findings(m: ClipMeasures) -> list[Finding]:
         message = f"is very loud ({m.level_dbfs:.0f} dBFS), as compressed sound is; use a recording with about -20"
         findings.append(_warning("level", message))
     return findings
-
-
-def _is_loud(level_db: float, m: ClipMeasures) -> bool:
-    """Whether an edge is speech: near the loudest frames, and clearly above noise that is there all the time."""
-    return level_db > -_EDGE_DB and level_db > m.quiet_db + _EDGE_DB / 2
 
 
 def _threshold(level: Float[np.ndarray, " F"]) -> float:

@@ -48,9 +48,9 @@ def test_speech_is_fit_at_any_rate(rate_hz, seconds):
 @pytest.mark.parametrize(
     ("waveform", "kind", "message"),
     [
-        (make_speech(0.2, lead=0, trail=0), "short", "lasts 0.20 s; give a sentence of 3 to 10 s, at least 0.3 s"),
-        (make_speech(60), "long", "lasts 60.0 s; at most 30 s fit: cut out one sentence"),
-        (make_speech(30.01), "long", "lasts 30.0 s; at most 30 s fit"),
+        (make_speech(0.2, lead=0, trail=0), "short", "lasts 0.2 s; give a sentence of 3 to 10 s, at least 0.3 s"),
+        (make_speech(60), "long", "lasts 60 s; at most 30 s fit: cut out one sentence"),
+        (make_speech(30.01), "long", "lasts 30.01 s; at most 30 s fit"),
         (np.zeros(3 * RATE), "silence", "nobody speaks in it: record it again"),
         (1e-3 * make_speech(3), "silence", "nobody speaks in it: record it again"),
         (noise(), "noise", "is a steady sound"),

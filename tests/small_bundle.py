@@ -54,9 +54,7 @@ def make_parts(*, encoders: bool = False) -> Parts:
             load=functools.partial(golden_flow.random_params, small_engine.FLOW),
             facts=facts,
         ),
-        WAVE: Part(
-            config=small_engine.VOCODER, load=vocoder_params, facts={"mel_definition": small_engine.MEL}
-        ),
+        WAVE: Part(config=small_engine.VOCODER, load=vocoder_params, facts={"mel_definition": small_engine.MEL}),
     }
     if encoders:
         params, _ = small._init_tokenizer()

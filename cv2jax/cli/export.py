@@ -1,4 +1,4 @@
-"""Write a trained language model in a form that others read: a Qwen2 directory, or a side file of low-rank factors.
+"""Write trained models in a form that others read: a Qwen2 directory, low-rank factors, a bundle that serves by itself.
 
 RUN is the --workdir of `cv2jax train` with a language model; its newest checkpoint is used, or that of --step, and of it
 the moving average of the parameters where the run keeps one (--noema: the parameters themselves).
@@ -9,22 +9,32 @@ untied text head are carried through. --to lora writes what a run with lora.rank
 .safetensors file that names its base: the run that it started from (init_from), which takes it with --lora, here with
 --to qwen2 and in `cv2jax say`.
 
+--to bundle takes a model directory (see `cv2jax synthesize --help`) and writes what streams speech with jax alone: parameters,
+programs for CPU, CUDA and TPU, text tokenizer, voices (those of the directory, and each --voice), golden answers. Programs are
+of few sizes: up to --slots requests at once, --seconds a piece with the voice's recording. The programs are tried on this
+machine against the model in float32, and nothing is written where they drift. Programs age with jax: --from_bundle OLD writes
+them again, from a bundle alone. `cv2jax selftest` tries a bundle on another machine.
+
   cv2jax export runs/lm --to qwen2 --out backbone --carry_from CosyVoice-BlankEN
   cv2jax export runs/voice --to lora --out voice.safetensors
   cv2jax export runs/lm --to qwen2 --out backbone --lora voice.safetensors
+  cv2jax export models/mine --to bundle --out bundles/mine --dtype bfloat16
 """
+
+from typing import Any
 
 from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "RUN --to qwen2|lora --out PLACE [flags]"
+USAGE = "RUN|MODEL --to qwen2|lora|bundle --out PLACE [flags]"
+_BUNDLE_ONLY = ("platforms", "slots", "seconds", "voice", "from_bundle")
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """Declares this verb's flags."""
     define = absl_flags
-    define.DEFINE_string("to", None, "Form to write: qwen2 or lora.", flag_values=flags)
+    define.DEFINE_string("to", None, "Form to write: qwen2, lora or bundle.", flag_values=flags)
     define.DEFINE_string("out", None, "New directory, or file for lora.", flag_values=flags)
     define.DEFINE_string("dtype", "float32", "Of the tensors: float32 or bfloat16.", flag_values=flags)
     define.DEFINE_string("carry_from", "", "Hugging Face directory that the backbone came from.", flag_values=flags)
@@ -33,22 +43,57 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string(
         "lora", "", "Low-rank factors trained on RUN: the file of `export --to lora`.", flag_values=flags
     )
+    define.DEFINE_list("platforms", "cpu,cuda,tpu", "For bundle: of its programs.", flag_values=flags)
+    define.DEFINE_integer("slots", 4, "For bundle: requests at once.", flag_values=flags)
+    define.DEFINE_float("seconds", 60.0, "For bundle: of a piece, recording included.", flag_values=flags)
+    define.DEFINE_multi_string("voice", [], "For bundle: a voice's file; may be repeated.", flag_values=flags)
+    define.DEFINE_string("from_bundle", "", "For bundle: one to write again, in place of MODEL.", flag_values=flags)
     define.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=flags)
     define.DEFINE_boolean("ema", True, "The moving average, where the run keeps one.", flag_values=flags)
 
 
 def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
     """Runs the job and prints what it wrote."""
-    if len(args) != 1:
-        raise UserError(f"expected one RUN, got {len(args)}; usage: cv2jax export {USAGE}")
     values = flags.flag_values_dict()
-    target, out, step, ema = (values.pop(name) for name in ("to", "out", "step", "ema"))
-    for name, value in (("to", target), ("out", out)):
-        if value is None:
+    to_bundle = values["to"] == "bundle"
+    if len(args) != (0 if to_bundle and values["from_bundle"] else 1):
+        raise UserError(f"expected one RUN, got {len(args)}; usage: cv2jax export {USAGE}")
+    for name in ("to", "out"):
+        if values[name] is None:
             raise UserError(f"--{name} is missing; usage: cv2jax export {USAGE}")
+    if to_bundle:
+        return _export_bundle(args[0] if args else None, values, flags)
+    for name in _BUNDLE_ONLY:
+        if values.pop(name) != flags[name].default:
+            raise UserError(f"--{name} is for --to bundle; leave it out")
+    target, out, step, ema = (values.pop(name) for name in ("to", "out", "step", "ema"))
     from cv2jax.jobs.export import ExportOptions, export
 
     result = export(args[0], target, out, options=ExportOptions(**values), step=step, ema=ema)
     averaged = ", moving average" if result.averaged else ""
     print(f"{out}: {target}, step {result.step}{averaged}, {result.num_parameters / 1e6:.3f} M parameters")
+    return 0
+
+
+def _export_bundle(model: str | None, values: dict[str, Any], flags: absl_flags.FlagValues) -> int:
+    for name in ("carry_from", "text_tokenizer", "lora", "step", "ema"):
+        if values[name] != flags[name].default:
+            raise UserError(f"--{name} is not for --to bundle; leave it out")
+    from cv2jax.jobs.export_bundle import BundleOptions, export_bundle
+    from cv2jax.synthesis.gate import format_checks
+
+    options = BundleOptions(
+        dtype=values["dtype"] if flags["dtype"].present else None,
+        platforms=tuple(values["platforms"]),
+        slots=values["slots"],
+        seconds=values["seconds"],
+        voices=tuple(values["voice"]),
+        from_bundle=values["from_bundle"],
+    )
+    report = export_bundle(model, values["out"], options)
+    print(format_checks(report.checks))
+    print(
+        f"{values['out']}: bundle, {report.num_programs} programs, {report.num_bytes / 1e6:.1f} MB; written in"
+        f" {report.export_seconds:.0f} s, tried in {report.gate_seconds:.0f} s"
+    )
     return 0

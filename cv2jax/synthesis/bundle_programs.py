@@ -76,7 +76,7 @@ class Programs:
         self._states: dict[str, dict[str, Table]] = {}
         for stage, tables in manifest["states"].items():
             self._states[stage] = {
-                bucket: tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in leaves)
+                bucket: tuple(Leaf(**leaf)._replace(shape=tuple(leaf["shape"])) for leaf in leaves)
                 for bucket, leaves in tables.items()
             }
         self._buckets = {

@@ -7,6 +7,7 @@ model that wrote them is not needed to ask them again.
 import dataclasses
 import itertools
 import math
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -106,7 +107,7 @@ def answer(stages: Stages, tokenizer: TextTokenizer, mask: ChunkMask, name: str,
     return {"speaker_embedding": np.asarray(stages.speaker.embed(question["waveform"]))}
 
 
-def write_golden(path: str | pathlib.Path, name: str, question: Answer, wanted: Answer) -> None:
+def write_golden(path: str | os.PathLike[str], name: str, question: Answer, wanted: Answer) -> None:
     """Writes a question with the answer wanted as BUNDLE/golden/NAME.npz; UserError for an answer that is not finite."""
     for quantity, values in wanted.items():
         if not np.all(np.isfinite(values)):
@@ -117,7 +118,7 @@ def write_golden(path: str | pathlib.Path, name: str, question: Answer, wanted: 
         np.savez(file, **arrays)
 
 
-def read_golden(path: str | pathlib.Path, name: str) -> tuple[Answer, Answer]:
+def read_golden(path: str | os.PathLike[str], name: str) -> tuple[Answer, Answer]:
     """(question, answer wanted) that `write_golden` wrote."""
     with np.load(pathlib.Path(path, GOLDEN, f"{name}.npz")) as file:
         arrays = {key: file[key] for key in file.files}
@@ -128,7 +129,7 @@ def read_golden(path: str | pathlib.Path, name: str) -> tuple[Answer, Answer]:
     return asked, wanted
 
 
-def run_gate(path: str | pathlib.Path, bundle: Bundle) -> Iterator[Check]:
+def run_gate(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Check]:
     """Asks every stage of a loaded bundle, in the order of speech, and compares with what the fp32 model said."""
     bounds = BOUNDS[bundle.facts.dtype]
     for name in ORDER:

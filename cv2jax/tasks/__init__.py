@@ -17,6 +17,7 @@ NO_TASKS = (
     "free_run",
     "heard_flow",
     "model_directory",
+    "model_engine",
     "stages",
     "trained",
     "warm_start",

@@ -272,9 +272,8 @@ def _write_golden(parts: Parts, place: pathlib.Path) -> None:
 def reference_stages(parts: Parts) -> Stages:
     """The stages of the models themselves, in fp32; parameters are read here."""
     speech, mel, wave = (parts.stages[name] for name in (SPEECH, MEL, WAVE))
-    speech_facts = {"num_steps": 32, **speech.facts}
     return Stages(
-        speech=make_speech_stage(speech.config, speech.load(), SAMPLER, **speech_facts),
+        speech=make_speech_stage(speech.config, speech.load(), SAMPLER, **speech.facts),
         mel=make_mel_stage(mel.config, mel.load(), **mel.facts),
         wave=make_wave_stage(wave.config, wave.load(), wave.facts["mel_definition"]),
         tokenizer=_reference_tokenizer(parts),

@@ -231,8 +231,8 @@ def noise_programs(config: Any, sizes: Sizes) -> Made:
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
         del params, state
-        keys = (jax.random.wrap_key_data(inputs[name]) for name in ("voice_keys", "request_keys"))
-        return {}, {"noise": frame_noise(*keys, inputs["frames"], inputs["num_prompt"], config.num_mels)}
+        voice, request = (jax.random.wrap_key_data(inputs[name]) for name in ("voice_keys", "request_keys"))
+        return {}, {"noise": frame_noise(voice, request, inputs["frames"], inputs["num_prompt"], config.num_mels)}
 
     inputs = {"voice_keys": _keys(1), "request_keys": _keys(1), "num_prompt": _ints(1)}
     frames = [FRAMES_PER_TOKEN * size for size in sizes.hop_sizes]

@@ -109,9 +109,9 @@ def test_a_bundle_hears_as_the_encoders_do(bundle):
 def test_what_no_program_was_made_for_is_refused(bundle):
     with pytest.raises(UserError, match="3 requests at once: this model's programs serve 2"):
         small_engine.make_engine(stages=bundle.stages, num_slots=3)
+    engine, long = small_engine.make_engine(stages=bundle.stages), small_engine.voice(112)
     with pytest.raises(UserError, match=r"the flow must hold \d+ tokens, recording included, and has room for 100"):
-        long = small_engine.voice(112)
-        small_engine.make_engine(stages=bundle.stages).enroll(long)
+        engine.enroll(long)
 
 
 _WITHOUT = """

@@ -15,12 +15,16 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
   flow-stream   ms a hop after 5 s and after 60 s; an utterance in hops against solving all of it anew for each hop
   vocoder   whole utterances; ms a hop after 5 s and after 60 s, the first hop, the flush; an utterance in hops against one
             piece; kB of a stream; its hold-back, and how near samples are that come before it (of a trained --run)
+  synth     requests through all stages: first audio, real-time factor, hops, what a player waits, the time of each stage;
+            text in hand and arriving, --concurrent N at once; tiny: a soak of 200 mixed requests. Of random parameters, or
+            of a model directory (--run) and its first voice
 
 On a CPU lm-train and lm-decode have official width, 4 layers and fp32. They and flow-offline race PyTorch there on the same
 weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone.
 
   cv2jax bench all --out bench.json
   cv2jax bench loader --utterances 100000000
+  cv2jax bench synth --size official --concurrent 4
   cv2jax bench vocoder --run runs/vocoder --audio recording.wav
 """
 
@@ -28,7 +32,7 @@ from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|vocoder|all} [flags]"
+USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|vocoder|synth|all} [flags]"
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -50,7 +54,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_integer(
         "batch", 0, "Rows that vocoder speaks at once; 0: 1, on a GPU or TPU 1 and 16.", flag_values=flags
     )
-    define.DEFINE_string("run", "", "Workdir of a trained vocoder, instead of random parameters.", flag_values=flags)
+    define.DEFINE_integer("concurrent", 0, "Requests that synth also speaks at once.", flag_values=flags)
+    text = "Workdir of a trained vocoder, or model directory for synth, instead of random parameters."
+    define.DEFINE_string("run", "", text, flag_values=flags)
     define.DEFINE_string("audio", "", "Recording that vocoder copies, instead of made-up speech.", flag_values=flags)
     define.DEFINE_string("out", None, "File for the JSON report.", flag_values=flags)
 

@@ -1,8 +1,8 @@
 """`cv2jax bench`: how fast each part is here, as a Markdown table and JSON; each part runs in a process of its own.
 
-This file starts the processes and needs no jax; what they do is in `bench_parts.py`, `bench_flow.py` and
-`bench_vocoder.py`. One process a part, so that its peak memory is its own, and a compilation or an allocator of one part
-does not disturb the next.
+This file starts the processes and needs no jax; what they do is in `bench_parts.py` and, for some, in `bench_flow.py`,
+`bench_vocoder.py` and `bench_synth.py`. One process a part, so that its peak memory is its own, and a compilation or an
+allocator of one part does not disturb the next.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from cv2jax.config import UserError
 from cv2jax.jobs.bench_options import SIZES, BenchOptions, Measurement
 
 FLOW_BENCHES = ("flow-train", "flow-offline", "flow-stream")
-BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES, "vocoder")
-_MODULES = {**dict.fromkeys(FLOW_BENCHES, "bench_flow"), "vocoder": "bench_vocoder"}  # of other parts: bench_parts
+BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES, "vocoder", "synth")
+_MODULES = {**dict.fromkeys(FLOW_BENCHES, "bench_flow"), "vocoder": "bench_vocoder", "synth": "bench_synth"}
 _RACES = ("lm-train", "lm-decode", "flow-offline")  # against PyTorch
 
 

@@ -22,7 +22,8 @@ class BenchOptions:
     corpus: str = ""  # train on and load this prepared corpus instead of a made-up one
     against: str = "torch"  # whom lm-train, lm-decode and flow-offline race on a CPU; "": nobody
     batch: int = 0  # rows that the vocoder speaks at once; 0: 1, elsewhere than on a CPU 1 and 16
-    run: str = ""  # workdir of the vocoder to measure, instead of random parameters
+    concurrent: int = 0  # requests that synth also speaks at once
+    run: str = ""  # workdir of the vocoder, or model directory of synth, instead of random parameters
     audio: str = ""  # recording for it to copy, instead of made-up speech
 
     def validate(self) -> None:
@@ -31,7 +32,7 @@ class BenchOptions:
             raise UserError(f"size={self.size}: choose {' or '.join(SIZES)}")
         if self.against not in SIDES:
             raise UserError(f"against={self.against}: choose torch, or '' for nobody")
-        for name in ("seconds", "utterances", "batch"):
+        for name in ("seconds", "utterances", "batch", "concurrent"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must not be negative")
         if self.repeats < 1:

@@ -20,7 +20,7 @@ from cv2jax.models.flow_matching.noise import frame_noise
 from cv2jax.models.flow_matching.step import Hop
 from cv2jax.models.flow_matching.step import init_state as init_flow_state
 from cv2jax.models.flow_matching.step import step as flow_step
-from cv2jax.models.hift_vocoder.model import HiftVocoder, hold_back
+from cv2jax.models.hift_vocoder.model import HiftState, HiftVocoder, hold_back
 from cv2jax.models.hift_vocoder.stream import init_state as init_vocoder_state
 from cv2jax.models.speaker_encoder.model import embed
 from cv2jax.models.speech_tokenizer.model import encode, init_model_state
@@ -242,14 +242,15 @@ def noise_programs(config: Any, sizes: Sizes) -> Made:
 
 def wave_programs(config: Any, sizes: Sizes) -> Made:
     """Steps of the vocoder; the state is not used up, since a guess behind the end may be thrown away."""
-    shapes = jax.eval_shape(lambda: init_vocoder_state(config, 1))
+    as_dict = lambda state: {"num_frames": state.num_frames, "tails": state.tails}  # noqa: E731
+    shapes = jax.eval_shape(lambda: as_dict(init_vocoder_state(config, 1)))
     tree, vocoder = _Tree(shapes), HiftVocoder(config)
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
-        arguments = (inputs["mel"], jax.random.wrap_key_data(inputs["key"]), tree.unpack(state))
+        arguments = (inputs["mel"], jax.random.wrap_key_data(inputs["key"]), HiftState(**tree.unpack(state)))
         arguments = (*arguments, inputs["num_valid"], inputs["total"])
         output, made = vocoder.apply({"params": unflatten(params)}, *arguments, method="step")  # type: ignore[misc]
-        return tree.pack(made), {"waveform": output.waveform}
+        return tree.pack(as_dict(made)), {"waveform": output.waveform}
 
     inputs = {"key": _keys(1), "num_valid": _ints(1), "total": _ints(1)}
     return [

@@ -93,13 +93,12 @@ def test_what_is_wrong_with_a_bundle_is_said_in_one_line(skeleton):
         load_bundle(skeleton)
 
 
-def test_a_program_that_is_not_there_is_told_when_it_is_needed(skeleton):
-    engine = small_engine.make_engine
-    manifest = files.read_manifest(skeleton)
-    states = {MEL: {"r50": []}, WAVE: {"one": []}, SPEECH: {}}
-    write_again(skeleton, manifest, states=states)
-    with pytest.raises(UserError, match=r"text_speech_lm has no programs of size b2\.s128"):
-        engine(stages=load_bundle(skeleton).stages)
+def test_a_size_that_is_not_there_is_told_when_it_is_needed(skeleton):
+    write_again(skeleton, files.read_manifest(skeleton), states={MEL: {}, WAVE: {}, SPEECH: {"b1.s128": []}})
+    stages = load_bundle(skeleton).stages
+    assert stages.speech is not None
+    with pytest.raises(UserError, match=r"text_speech_lm has no programs of size b2\.s128, only b1\.s128"):
+        stages.speech.init_state(2, 128)
 
 
 def test_sizes_reach_as_far_as_is_asked():

@@ -16,8 +16,8 @@ class HopPlan:
 
     Attributes:
       real_time_factor: seconds of work that a second of speech takes, all stages together, on this machine with its load.
-        Below 1 and not below the truth, a player that starts with the first frame never starves. From 1 on nothing helps:
-        then the first hop is the shortest that is heard at all, and the later ones have one chunk.
+        Below 1 and not below the truth, a player that starts with the first frame never starves. From 1 on nothing helps: then
+        the first hop is the shortest that is heard at all, and the later ones grow as fast as they may, which costs least.
       growth: a hop has at most so many times the chunks of the one before. max_chunks: of any hop.
     """
 
@@ -67,6 +67,8 @@ class Pace:
                 number += 1
             return number
         most = min(plan.max_chunks, plan.growth * self._last_chunks)
+        if plan.real_time_factor >= 1:
+            return most
         lasts = lambda number: (  # noqa: E731
             plan.real_time_factor * (to_border + (number - 1) * chunk + LOOKAHEAD) <= self._lead
         )

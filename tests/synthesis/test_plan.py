@@ -30,8 +30,8 @@ def hops(plan, num_prompt=0, chunk=25, num=8, **settings):
         (0.05, 87, [13, 50, 100, 100, 100]),
         (0.05, 90, [35, 50, 100, 100, 100]),  # 10 tokens are heard for 5 ms, and the next hop takes 56
         (0.05, 91, [34, 50, 100, 100, 100]),  # 9 tokens are all held back
-        (3.0, 0, [25, 25, 25, 25, 25]),  # nothing helps: as early as can be
-        (3.0, 91, [34, 25, 25, 25, 25]),
+        (3.0, 0, [25, 50, 100, 100, 100]),  # nothing helps: as early as can be, then as cheap
+        (3.0, 91, [34, 50, 100, 100, 100]),
     ],
 )
 def test_sizes_follow_from_the_speed_and_the_prompt(factor, num_prompt, sizes):

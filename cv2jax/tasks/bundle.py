@@ -162,7 +162,7 @@ def _manifest(parts: Parts, sizes: Sizes, dtype: str, platforms: Sequence[str]) 
     }
     return {
         "versions": {"cv2jax": cv2jax.__version__, "jax": jax.__version__},
-        "calling_convention": export.maximum_supported_calling_convention_version,
+        "calling_convention": jax.config.jax_export_calling_convention_version,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": dtype,
         "platforms": list(platforms),
@@ -235,7 +235,8 @@ def _write_stages(
     if parts.golden is not None:
         shutil.copytree(parts.golden / files.GOLDEN, place / files.GOLDEN, dirs_exist_ok=True)
     else:
-        _write_golden(parts, place)
+        with _products(whole=True):
+            _write_golden(parts, place)
     for name, part in parts.stages.items():
         arrays = served_params(name, part.config, part.load(), dtype)
         files.write_arrays(place / files.PARAMETERS / f"{name}.safetensors", sorted(arrays.items()))
@@ -321,7 +322,7 @@ def _export_all(
         for group in _groups(platforms) if program.by_platform else [list(platforms)]:
             full = f"{program.stage}.{program.name}"
             file = f"{full}.{'any' if not program.by_platform else '-'.join(group)}.stablehlo"
-            with _lowering_for(group[0] if program.by_platform else ""), _products(whole):
+            with _lowering_for(group[0] if program.by_platform else ""), _products(whole=whole):
                 # A function of its own: what jax has traced for one platform must not serve another.
                 exported = export.export(jax.jit(lambda *a, f=program.function: f(*a)), platforms=group)(
                     parameters, state, program.inputs
@@ -358,15 +359,15 @@ def _groups(platforms: Sequence[str]) -> list[list[str]]:
 @contextlib.contextmanager
 def _lowering_for(platform: str) -> Iterator[None]:
     """`cv2jax.parallel.sharding.platform` says that of this platform: a mesh that is only described, of one device."""
-    if not platform or platform == "cpu":
+    kind = "gpu" if platform == "cuda" else platform
+    if kind in ("", jax.default_backend()):
         yield
         return
-    kind = "gpu" if platform == "cuda" else platform
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
     mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 
-def _products(whole: bool) -> Any:
+def _products(*, whole: bool) -> Any:
     return jax.default_matmul_precision("highest") if whole else contextlib.nullcontext()

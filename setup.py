@@ -42,7 +42,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "text": ["wetext>=0.1.8"],  # Chinese and English number normalisers
-        "official": ["torch>=2.6"],  # the official side of benches and conversions; never needed to run
+        # The official side of benches and conversions; never needed to run.
+        "official": ["onnx>=1.17", "onnxruntime>=1.18", "PyYAML>=6", "torch>=2.6"],
         "corpus": ["espeakng-loader>=0.2.4"],  # bundles espeak-ng (GPL-3.0+): a data tool, never a runtime dependency
         "vocoder": ["pyworld>=0.3.5"],  # F0 targets; built from source with a C++ compiler
         # Judges of synthesised speech; pesq holds code of ITU-T P.862, which has terms of its own.

@@ -42,6 +42,13 @@ from_readme() {
     bash -euo pipefail -c "$block"
 }
 
+# install_official: the extra [official] with PyTorch's CPU build, where an index or a folder that pip knows has it (one more
+# index can be given in TORCH_INDEX). Pinned: a range would take a CUDA build of gigabytes.
+install_official() {
+    python -m pip install torch==2.13.0 ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} || return
+    python -m pip install -e '.[official]'
+}
+
 # stage NAME COMMAND...: runs and times a command; a failure is counted, and the other stages still run.
 stage() {
     local name=$1 start=$SECONDS outcome=passed

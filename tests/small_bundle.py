@@ -57,7 +57,7 @@ def make_parts(*, encoders: bool = False) -> Parts:
         WAVE: Part(config=small_engine.VOCODER, load=vocoder_params, facts={"mel_definition": small_engine.MEL}),
     }
     if encoders:
-        params, _ = small._init_tokenizer()
+        params, _ = small.init_tokenizer(small.TOKENIZER)
         tree = random_tree(small.ENCODER)
         stages[TOKENS] = Part(
             config=small.TOKENIZER,

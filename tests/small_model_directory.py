@@ -32,9 +32,10 @@ ENCODER = dataclasses.replace(SMALL_CONFIG, num_mels=80, block_layers=(1, 1), di
 
 
 @functools.cache
-def _init_tokenizer() -> tuple:
+def init_tokenizer(config: SpeechTokenizerConfig) -> tuple:
+    """(params, model_state) with random numbers."""
     key = jax.random.key(3)
-    return jax.jit(lambda: nn.unbox((init_encoding_params(TOKENIZER, key), init_model_state(TOKENIZER, key))))()
+    return jax.jit(lambda: nn.unbox((init_encoding_params(config, key), init_model_state(config, key))))()
 
 
 def write_run(workdir: pathlib.Path, task: str, facts: dict, variables: tuple | None = None) -> pathlib.Path:
@@ -51,7 +52,7 @@ def write_run(workdir: pathlib.Path, task: str, facts: dict, variables: tuple | 
 
 def make_model_directory(root: pathlib.Path) -> pathlib.Path:
     """`root` with a speech tokenizer and a speaker encoder."""
-    write_run(root / "speech_tokenizer", "speech_tokenizer", {"model": to_dict(TOKENIZER)}, _init_tokenizer())
+    write_run(root / "speech_tokenizer", "speech_tokenizer", {"model": to_dict(TOKENIZER)}, init_tokenizer(TOKENIZER))
     tree = random_tree(ENCODER)
     variables = {"encoder": tree["encoder"]}, {"norms": tree["norms"], "num_batches": tree["num_batches"]}
     write_run(root / "speaker_encoder", "speaker_encoder", {"model": to_dict(ENCODER)}, variables)

@@ -1,6 +1,8 @@
 """CI runs what the README says, the hooks run what CI runs, and the markers are those that are explained."""
 
+import importlib
 import pathlib
+import pkgutil
 import re
 import subprocess
 import tomllib
@@ -72,7 +74,7 @@ def test_every_marker_is_run_somewhere_and_explained() -> None:
     markers = {line.partition(":")[0] for line in options["markers"]}
     excluded = set(re.findall(r"not (\w+)", options["addopts"]))
     run = set(re.findall(r"pytest -m '?(\w+)", _read(".ci/run") + _read(".ci/full")))
-    assert markers == excluded == run | {"official"}
+    assert markers == excluded == run
     assert all(f"`{marker}`" in _read("CONTRIBUTING.md") for marker in markers)
 
 
@@ -81,3 +83,18 @@ def test_pages_name_only_verbs_that_exist(page: str) -> None:
     named = set(re.findall(r"(?:^\s*|`|&& |-- )cv2jax ([a-z0-9]+)", _read(page), flags=re.MULTILINE))
     assert named
     assert named <= set(verbs())
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_pages_name_only_code_that_exists(page: str) -> None:
+    """Imports of their examples, and dotted names and files in their text."""
+    text = _read(page)
+    imports = re.findall(r"^from (cv2jax[\w.]*) import ([\w, ]+)", text, flags=re.MULTILINE)
+    for module, names in imports:
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), f"{module} has no {name.strip()}"
+    assert bool(imports) == (page == "README.md")
+    for dotted in re.findall(r"`(cv2jax(?:\.\w+)+)`", text):
+        assert pkgutil.resolve_name(dotted) is not None
+    for file in re.findall(r"`((?:cv2jax|configs|tests|launch)/[\w/]+\.\w+)`", text):
+        assert (ROOT / file).is_file(), f"{page} names {file}"

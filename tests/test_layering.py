@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = {
     "config": 0,
-    **dict.fromkeys(("audio", "parallel"), 1),
+    **dict.fromkeys(("audio", "files", "parallel"), 1),
     **dict.fromkeys(("nn", "text"), 2),
     **dict.fromkeys(("data", "models", "synthesis"), 3),
     **dict.fromkeys(("train", "convert", "evaluation"), 4),

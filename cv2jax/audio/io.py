@@ -171,10 +171,16 @@ def write_wav(path: str | Path, waveform: Float[np.ndarray, " W"], rate_hz: int)
     if not np.isfinite(waveform).all():
         raise UserError(f"{path}: not written, the waveform holds NaN or infinite samples")
     try:
-        with open(path, "wb") as stream:
-            soundfile.write(stream, to_int16(waveform), rate_hz, format="WAV", subtype="PCM_16")
+        Path(path).write_bytes(encode_wav(waveform, rate_hz))
     except OSError as error:
         raise UserError(f"{path}: cannot write ({error.strerror or error}); check the folder") from None
+
+
+def encode_wav(waveform: Float[np.ndarray, " W"], rate_hz: int) -> bytes:
+    """The bytes of `waveform [W]` in [-1, 1] as a mono 16-bit WAV; samples outside are clipped."""
+    stream = io.BytesIO()
+    soundfile.write(stream, to_int16(waveform), rate_hz, format="WAV", subtype="PCM_16")
+    return stream.getvalue()
 
 
 def _source_name(source: AudioSource) -> str:

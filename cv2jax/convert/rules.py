@@ -196,7 +196,9 @@ def _by_name(plan: Mapping[str, list[_Link]]) -> dict[str, list[tuple[str, _Link
     return named
 
 
-def load_tree(rules: Sequence[Rule], reader: Reader, abstract: PyTree, *, ignored: Sequence[str] = ()) -> PyTree:
+def load_tree(
+    rules: Sequence[Rule], reader: Reader, abstract: PyTree, *, ignored: Sequence[str] = (), on_host: bool = False
+) -> PyTree:
     """The parameters that `abstract` describes, read in its dtypes and straight into its shardings.
 
     Each process reads only the shards that its devices hold, one array at a time, so that beside the parameters no more
@@ -206,16 +208,20 @@ def load_tree(rules: Sequence[Rule], reader: Reader, abstract: PyTree, *, ignore
       rules: the table. reader: the foreign tensors.
       abstract: nested dict of arrays or ShapeDtypeStructs; without a sharding an array goes to the default device.
       ignored: regular expressions of the names of foreign tensors that are known and not wanted.
+      on_host: whole arrays of numpy, for those who only pass them on; no device is asked for memory.
 
     Raises: UserError that lists everything missing, left over and of another shape or kind, on both sides (`fold_names`).
     """
     leaves, plan = _plan(rules, abstract)
     _check(plan, leaves, reader, ignored)
-    loaded = {path: _load_leaf(leaf, plan[path], reader) for path, leaf in leaves.items()}
+    # The largest first: what reading takes beside an array is then taken while there is little else.
+    order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
+    read = {path: _load_leaf(leaves[path], plan[path], reader, on_host) for path in order}
+    loaded = {path: read[path] for path in leaves}
     return traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def _load_leaf(leaf: Any, links: list[_Link], reader: Reader) -> jax.Array:
+def _load_leaf(leaf: Any, links: list[_Link], reader: Reader, on_host: bool) -> jax.Array | np.ndarray:
     shape, dtype, sharding = tuple(leaf.shape), np.dtype(leaf.dtype), getattr(leaf, "sharding", None)
     num_stacked, by_index = len(links[0].index), {link.index: link for link in links}
 
@@ -234,6 +240,8 @@ def _load_leaf(leaf: Any, links: list[_Link], reader: Reader) -> jax.Array:
         index = index or (slice(None),) * len(shape)
         return block(tuple(cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True)))
 
+    if on_host:
+        return callback(None)
     if sharding is None:
         return jnp.asarray(callback(None))
     return jax.make_array_from_callback(shape, sharding, callback, dtype=dtype)
@@ -264,6 +272,8 @@ def _read_ours(parts: list[tuple[Any, _Link]]) -> np.ndarray:
 def _fetch(leaf: Any, index: Shape) -> np.ndarray:
     if isinstance(leaf, np.ndarray):
         return leaf[index]
+    if [device.platform for device in leaf.devices()] == ["cpu"]:
+        return np.asarray(leaf)[index]  # its own memory
     # A new array: JAX keeps a host copy with every array that was once fetched, here until the parameters go.
     return np.asarray(_take(leaf, index))
 

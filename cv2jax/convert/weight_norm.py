@@ -66,6 +66,14 @@ class FoldedReader:
         whole = (slice(None),) * (len(shape) - 1)
         return fold(self.reader.read(g, (*rows, *whole)), self.reader.read(v, (*rows, *whole)))[(slice(None), *rest)]
 
+    def pair(self, name: str) -> tuple[Shaped[np.ndarray, "n *ones"], Shaped[np.ndarray, "n *rest"]] | None:
+        """(g, v) of a folded kernel as the file has them; None of a tensor that is no pair."""
+        if name not in self._pairs:
+            return None
+        theirs = self.reader.names()
+        g, v = (self.reader.read(half, (slice(None),) * len(theirs[half][0])) for half in self._pairs[name])
+        return g, v
+
     @functools.cached_property
     def _pairs(self) -> dict[str, Pair]:
         """Folded name → (name of g, name of v)."""
@@ -80,9 +88,12 @@ class FoldedReader:
 
 
 def unfold_tensors(
-    tensors: Mapping[str, ForeignTensor], style: Callable[[str], Pair | None]
+    tensors: Mapping[str, ForeignTensor], style: Callable[[str], Pair | None], kept: FoldedReader | None = None
 ) -> dict[str, ForeignTensor]:
-    """Tensors to write, each `….weight` for which `style` gives OLD or NEW as its pair; None: as it is."""
+    """Tensors to write, each `….weight` for which `style` gives OLD or NEW as its pair; None: as it is.
+
+    `kept`: the file that they came from. Many pairs fold to one kernel: one that has not changed keeps the pair it had.
+    """
     written: dict[str, ForeignTensor] = {}
     for name, tensor in tensors.items():
         pair = style(name) if name.endswith(".weight") else None
@@ -92,10 +103,14 @@ def unfold_tensors(
         start = name.removesuffix("weight")
         ones = (tensor.shape[0], *(1 for _ in tensor.shape[1:]))
         for part, shape in enumerate((ones, tensor.shape)):
-            read = functools.partial(_unfolded, tensor, part)
+            read = functools.partial(_unfolded, tensor, part, name, kept)
             written[start + pair[part]] = ForeignTensor(shape=shape, read=read)
     return written
 
 
-def _unfolded(tensor: ForeignTensor, part: int) -> Shaped[np.ndarray, "..."]:
-    return unfold(tensor.read())[part]
+def _unfolded(tensor: ForeignTensor, part: int, name: str, kept: FoldedReader | None) -> Shaped[np.ndarray, "..."]:
+    kernel = tensor.read()
+    pair = kept.pair(name) if kept is not None else None
+    if pair is not None and np.array_equal(fold(*pair).astype(kernel.dtype), kernel):
+        return pair[part].astype(kernel.dtype)
+    return unfold(kernel)[part]

@@ -8,7 +8,6 @@
 Vectors are fp32 and raw: L2-normalise to compare them.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cv2jax.config import UserError
+from cv2jax.files import whole_file
 
 VERSION = 1
 SUFFIX = ".npz"
@@ -68,19 +68,8 @@ def save_embeddings(
         "utterance_speaker": numbers.astype(np.int32),
         "metadata": np.asarray(json.dumps({"version": VERSION, **metadata}, ensure_ascii=False)),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); make room or give another --out") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(path, f"{path}: cannot write ({{reason}}); make room or give another --out") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 

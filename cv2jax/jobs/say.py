@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from cv2jax.config import MeshConfig, UserError
+from cv2jax.files import whole_file
 from cv2jax.models.text_speech_lm.model import init_params
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.sampling import SamplingOptions, make_request_sampler
@@ -126,10 +127,5 @@ def write_spoken(path: str | os.PathLike[str], run: str | os.PathLike[str], spok
         }
         for number, one in enumerate(spoken, 1)
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}); give another file") from None
+    with whole_file(path, f"--out {path}: cannot be written ({{reason}}); give another file") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())

@@ -11,8 +11,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cv2jax.audio.io import load_waveform, to_int16, write_wav
+from cv2jax.audio.io import encode_wav, load_waveform, to_int16
 from cv2jax.config import UserError
+from cv2jax.files import whole_file
 from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.request import Request
@@ -174,15 +175,8 @@ def check_out(path: str) -> None:
 
 def write_whole(path: str, waveform: np.ndarray, rate_hz: int) -> None:
     """A .wav that is there whole or not at all; UserError where it cannot be written."""
-    place = pathlib.Path(path)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    try:
-        write_wav(temporary, waveform, rate_hz)
-        temporary.replace(place)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}); give another file") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, f"--out {path}: cannot be written ({{reason}}); give another file") as file:
+        file.write(encode_wav(waveform, rate_hz))
 
 
 def format_result(result: Result) -> str:

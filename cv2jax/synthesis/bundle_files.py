@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cv2jax.config import UserError
+from cv2jax.files import whole_file
 
 MANIFEST, SCHEMA = "bundle.json", 1
 PARAMETERS, PROGRAMS, TOKENIZER, VOICES, GOLDEN = "parameters", "programs", "tokenizer", "voices", "golden"
 EXPORT_AGAIN = "cv2jax export --to bundle --from_bundle"
+_NOT_WRITTEN = "cannot be written ({reason}); give a place with room"
 _BLOCK = 1 << 22  # bytes read at once
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -44,7 +46,8 @@ def write_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any]) ->
     """Writes bundle.json with the schema's version and a hash over all else in it."""
     about = {**manifest, "schema": SCHEMA}
     about["sha256"] = _digest(about)
-    pathlib.Path(path, MANIFEST).write_text(_to_json(about), encoding="utf-8")
+    with whole_file(pathlib.Path(path, MANIFEST), f"{path}: {_NOT_WRITTEN}") as file:
+        file.write(_to_json(about).encode())
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -135,12 +138,16 @@ def write_arrays(path: str | os.PathLike[str], arrays: Iterable[tuple[str, Any]]
         }
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with open(path, "wb") as file:
+    with whole_file(path, f"{path}: {_NOT_WRITTEN}") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, array in named:
             file.write(np.ascontiguousarray(np.asarray(array)).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file, whole or not at all; UserError where it cannot be written."""
+    with whole_file(path, f"{path}: {_NOT_WRITTEN}") as file:
+        file.write(data)
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

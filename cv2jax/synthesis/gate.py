@@ -5,6 +5,7 @@ model that wrote them is not needed to ask them again.
 """
 
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -20,7 +21,7 @@ from jaxtyping import Float32, Shaped
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
-from cv2jax.synthesis.bundle_files import GOLDEN
+from cv2jax.synthesis.bundle_files import GOLDEN, write_bytes
 from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.prompt import Prompt, key_data
 from cv2jax.synthesis.stages import LOOKAHEAD, Controls, MelStage, SpeechStage, Stages, State, WaveStage
@@ -114,8 +115,9 @@ def write_golden(path: str | os.PathLike[str], name: str, question: Answer, want
             raise UserError(f"{name}: the model's own {quantity} in float32 is not finite; export another checkpoint")
     arrays: dict[str, Any] = {f"asked_{key}": value for key, value in question.items()}
     arrays |= {f"wanted_{key}": value for key, value in wanted.items()}
-    with open(pathlib.Path(path, GOLDEN, f"{name}.npz"), "wb") as file:
-        np.savez(file, **arrays)
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write_bytes(pathlib.Path(path, GOLDEN, f"{name}.npz"), data.getvalue())
 
 
 def read_golden(path: str | os.PathLike[str], name: str) -> tuple[Answer, Answer]:

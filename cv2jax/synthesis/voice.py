@@ -5,7 +5,6 @@ metadata key `cv2jax-voice` (of several keys safetensors keeps no order, and the
 A SHA-256 over all of it is among that, so that a changed byte is found wherever it lies.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,6 +20,7 @@ from safetensors.numpy import load, save
 
 from cv2jax.audio.mel import FLOW_MEL, MelDefinition
 from cv2jax.config import UserError, differences
+from cv2jax.files import whole_file
 
 FORMAT, VERSION = "cv2jax-voice", 1
 SUFFIX = ".safetensors"
@@ -101,19 +101,8 @@ def save_voice(path: str | os.PathLike[str], voice: Voice) -> None:
     about["mel_definition"] = dataclasses.asdict(voice.mel_definition)
     about["sha256"] = _digest(about, arrays)
     data = save(arrays, {FORMAT: _to_json(about)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the voice ({error.strerror or error}); give another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole_file(path, f"{path}: cannot write the voice ({{reason}}); give another place") as file:
+        file.write(data)
 
 
 def check_voice_path(path: str | os.PathLike[str]) -> pathlib.Path:

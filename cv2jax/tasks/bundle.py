@@ -162,7 +162,7 @@ def _manifest(parts: Parts, sizes: Sizes, dtype: str, platforms: Sequence[str]) 
     }
     return {
         "versions": {"cv2jax": cv2jax.__version__, "jax": jax.__version__},
-        "calling_convention": jax.config.jax_export_calling_convention_version,
+        "calling_convention": jax.config.jax_export_calling_convention_version,  # pyrefly: ignore[missing-attribute]
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dtype": dtype,
         "platforms": list(platforms),
@@ -327,7 +327,7 @@ def _export_all(
                 exported = export.export(jax.jit(lambda *a, f=program.function: f(*a)), platforms=group)(
                     parameters, state, program.inputs
                 )
-            (place / files.PROGRAMS / file).write_bytes(exported.serialize())
+            files.write_bytes(place / files.PROGRAMS / file, bytes(exported.serialize()))
             manifest["programs"].append(_describe(program, full, file, group, exported))
     for stage in {program.stage for program in programs}:
         manifest["states"][stage] = {

@@ -77,7 +77,7 @@ def load_tokenizer(run: str | os.PathLike[str]) -> Tokenizer:
     where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), wanted)
     loaded = load_subtree(checkpoints, abstract)
-    finite = jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), loaded)
+    finite = jax.tree.map(lambda a: bool(np.isfinite(a).all()), loaded)
     if not all(jax.tree.leaves(finite)):
         raise UserError(f"the checkpoint in {checkpoints} holds NaN or infinite parameters; use an earlier one")
     if config.quantizer == "vq":
@@ -108,7 +108,7 @@ def load_speaker_encoder(run: str | os.PathLike[str]) -> SpeakerEncoder:
     where = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
     loaded = load_subtree(run / "checkpoints", abstract, step)
-    if not all(jax.tree.leaves(jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), loaded))):
+    if not all(jax.tree.leaves(jax.tree.map(lambda a: bool(np.isfinite(a).all()), loaded))):
         raise UserError(f"the checkpoint in {run}/checkpoints holds NaN or infinite numbers; use an earlier one")
     params, state = loaded["params"], loaded["model_state"]
     found = encoder_hash(config, params, state)

@@ -15,13 +15,8 @@ from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.copies import CopyScore
 from cv2jax.models.hift_vocoder.config import HiftTrainingConfig
 from cv2jax.models.hift_vocoder.discriminators import Discriminators
-from cv2jax.models.hift_vocoder.losses import (
-    adversarial_loss,
-    discriminator_loss,
-    feature_matching_loss,
-    tpr_loss,
-)
-from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params
+from cv2jax.models.hift_vocoder.losses import adversarial_loss, discriminator_loss, tpr_loss
+from cv2jax.models.hift_vocoder.model import HiftVocoder, init_params, recount
 from cv2jax.models.hift_vocoder.spectral import mel_distance, stft_distance
 from cv2jax.models.hift_vocoder.stream import require_mel
 from cv2jax.models.hift_vocoder.windows import cut_windows
@@ -97,9 +92,11 @@ class HiftVocoderTask(AudioTask):
         if not self._config.init_from:
             return state
         mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        theirs, params = load_vocoder(self._config.init_from, mesh)
+        own = self.model_config.generator
+        units = {"mel_origin": own.mel_origin, "upsampling_unit": own.upsampling_unit}
+        theirs, params = recount(*load_vocoder(self._config.init_from, mesh), **units)
         free = {"dtype": "", "f0_look_ahead": 0}  # neither changes a shape
-        ours = dataclasses.asdict(self.model_config.generator) | free
+        ours = dataclasses.asdict(own) | free
         lines = differences(ours, dataclasses.asdict(theirs) | free, "model.generator.")
         if lines:
             raise UserError(
@@ -147,22 +144,20 @@ class HiftVocoderTask(AudioTask):
             adversarial_from=c.adversarial_from,
         )
 
-    def _judge(self, params: Any, fake: jax.Array, real: jax.Array) -> tuple[Any, Any, Any, Any]:
-        made: Any = self._judges.apply({"params": params}, fake)
-        recorded: Any = self._judges.apply({"params": params}, real)
-        scores = [[judgement.scores for judgement in side] for side in (made, recorded)]
-        maps = [[judgement.feature_maps for judgement in side] for side in (made, recorded)]
-        return scores[0], scores[1], maps[0], maps[1]
+    def _compare(self, params: Any, fake: jax.Array, real: jax.Array) -> tuple[Any, Any, jax.Array]:
+        compared: Any = self._judges.apply({"params": params}, fake, real, method="compare")
+        feature_loss = sum((c.feature_loss for c in compared), start=jnp.zeros(()))
+        return [c.generated for c in compared], [c.recorded for c in compared], feature_loss
 
     def _discriminator_loss(self, params: Any, fake: jax.Array, real: jax.Array) -> tuple[jax.Array, Any]:
-        made, recorded, _, _ = self._judge(params, fake, real)
+        made, recorded, _ = self._compare(params, fake, real)
         relative = tpr_loss(recorded, made)
         return discriminator_loss(recorded, made) + self.model_config.tpr_weight * relative, {}
 
     def _adversarial_loss(self, params: Any, fake: jax.Array, real: jax.Array) -> tuple[jax.Array, Any]:
         c = self.model_config
-        made, recorded, made_maps, recorded_maps = self._judge(params, fake, real)
-        adversarial, matching = adversarial_loss(made), feature_matching_loss(recorded_maps, made_maps)
+        made, recorded, matching = self._compare(params, fake, real)
+        adversarial = adversarial_loss(made)
         value = adversarial + c.feature_weight * matching + c.tpr_weight * tpr_loss(made, recorded)
         return value, {"adversarial_loss": adversarial, "feature_loss": matching}
 

@@ -117,20 +117,34 @@ def text_speech_lm_config(described: dict[str, Any], run: str | os.PathLike[str]
     return from_dict(TextSpeechLmConfig, facts["model"] | {"backbone": backbone})
 
 
+def flow_matching_config(described: dict[str, Any], run: str | os.PathLike[str]) -> FlowMatchingConfig:
+    """As `text_speech_lm_config`, the flow."""
+    task, facts = described["config"].get("task"), described["facts"]
+    if task != "flow_matching" or "model" not in facts:
+        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a flow_matching")
+    kept = {"dtype": "float32", "scan_layers": described["config"]["model"]["scan_layers"]}
+    return from_dict(FlowMatchingConfig, facts["model"] | kept)
+
+
 def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[FlowMatchingConfig, Any]:
     """(config in fp32, parameters over the mesh) of a flow's run, for `make_mel_stage`.
 
     Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
     is a run of another stage.
     """
-    described = load_run(pathlib.Path(run))
-    task, facts = described["config"].get("task"), described["facts"]
-    if task != "flow_matching" or "model" not in facts:
-        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a flow_matching")
-    kept = {"dtype": "float32", "scan_layers": described["config"]["model"]["scan_layers"]}
-    config = from_dict(FlowMatchingConfig, facts["model"] | kept)
+    config = flow_matching_config(load_run(pathlib.Path(run)), run)
     params, _ = load_params(run, functools.partial(init_flow_params, config), mesh, step=step, ema=True)
     return config, params
+
+
+def hift_vocoder_config(described: dict[str, Any], run: str | os.PathLike[str]) -> HiftVocoderConfig:
+    """As `text_speech_lm_config`, the vocoder; UserError also for one of another mel than it records."""
+    task, facts = described["config"].get("task"), described["facts"]
+    if task != "hift_vocoder" or not {"model", "mel"} <= set(facts):
+        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a hift_vocoder")
+    config = from_dict(HiftVocoderConfig, facts["model"] | {"dtype": "float32"})
+    require_mel(config, from_dict(MelDefinition, facts["mel"]))
+    return config
 
 
 def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = None) -> tuple[HiftVocoderConfig, Any]:
@@ -141,11 +155,7 @@ def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = 
     """
     run = pathlib.Path(run)
     described = load_run(run)
-    task, facts = described["config"].get("task"), described["facts"]
-    if task != "hift_vocoder" or not {"model", "mel"} <= set(facts):
-        raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a hift_vocoder")
-    config = from_dict(HiftVocoderConfig, facts["model"] | {"dtype": "float32"})
-    require_mel(config, from_dict(MelDefinition, facts["mel"]))
+    config = hift_vocoder_config(described, run)
     optimizer_config = from_dict(OptimizerConfig, described["config"].get("optimizer", {}))
 
     def init_state(key: jax.Array) -> TrainState:

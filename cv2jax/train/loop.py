@@ -101,7 +101,7 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSign
     ):
         if jax.process_count() > 1:
             stop.share()
-        start = checkpoints.latest_step or 0
+        start = _first_step(checkpoints, workdir)
         save_or_compare(workdir, config, task.facts(), started=start > 0, write=first)
         if first:
             task.keep(workdir)
@@ -152,6 +152,16 @@ def train(task: Task, config: TrainConfig, workdir: pathlib.Path, stop: StopSign
                     return EXIT_PREEMPTED
         checkpoints.wait()
     return 0
+
+
+def _first_step(checkpoints: Checkpoints, workdir: pathlib.Path) -> int:
+    """The step to go on from; UserError for a workdir with weights that no training of ours saved."""
+    if checkpoints.latest_step == 0:
+        raise UserError(
+            f"{workdir}: holds imported weights, which training would replace; train in another --workdir with"
+            f" --set init_from={workdir}"
+        )
+    return checkpoints.latest_step or 0
 
 
 class _Recorder:

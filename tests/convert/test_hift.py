@@ -111,6 +111,7 @@ def test_the_old_spelling_loads_the_same():
     jax.tree.map(np.testing.assert_array_equal, load(renamed), golden_params())
 
 
+@pytest.mark.slow
 def test_the_generator_of_a_gan_training_loads_and_is_written_the_same():
     theirs = {PREFIX + name: a for name, a in official().items()}
     other = {"discriminator.mpd.discriminators.0.conv_post.bias": np.zeros(1, np.float32)}

@@ -285,3 +285,16 @@ def test_a_scaled_rule_is_exact_both_ways_and_scales_shards_and_stacks():
 def test_a_scale_that_could_round_is_refused(scale):
     with pytest.raises(ValueError, match=r"rule net/w: scale .* must be a power of two"):
         Rule(foreign="w", ours="net/w", scale=scale)
+
+
+def test_arrays_for_the_host_are_numpys_and_the_largest_is_read_first():
+    arrays = foreign()
+    reader = Arrays(arrays)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), expected(arrays))
+    loaded = load_tree(RULES, reader, shapes, on_host=True)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded))
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected(arrays))
+    sizes = [arrays[name].size for name, _ in reader.asked]
+    assert sizes[0] == max(sizes)
+    assert reader.asked[0][0].startswith("blocks.0.")
+    assert list(loaded) == list(shapes)

@@ -134,3 +134,17 @@ def test_tensors_without_weight_norm_stay_as_they_are():
     plain = {"a.weight": tensor, "a.bias": tensor}
     assert unfold_tensors(plain, lambda name: None) == plain
     assert set(unfold_tensors(plain, lambda name: OLD)) == {"a.weight_g", "a.weight_v", "a.bias"}
+
+
+def test_a_pair_that_still_folds_to_its_kernel_is_kept_and_another_is_made_anew():
+    rng = np.random.default_rng(4)
+    v, g = rng.standard_normal((5, 3, 2)).astype(np.float32), rng.random((5, 1, 1)).astype(np.float32)
+    kept = FoldedReader(DictReader({f"a.{OLD[0]}": g, f"a.{OLD[1]}": v, "a.bias": g[:, 0, 0]}))
+    for kernel, is_same in ((fold(g, v), True), (fold(g, v) + np.float32(1e-3), False)):
+        tensors = {"a.weight": ForeignTensor(shape=v.shape, read=lambda kernel=kernel: kernel)}
+        pair = values(unfold_tensors(tensors, lambda name: NEW, kept))
+        assert set(pair) == {f"a.{NEW[0]}", f"a.{NEW[1]}"}
+        assert np.array_equal(pair[f"a.{NEW[0]}"], g) == is_same
+        assert np.array_equal(pair[f"a.{NEW[1]}"], v) == is_same
+        np.testing.assert_allclose(fold(pair[f"a.{NEW[0]}"], pair[f"a.{NEW[1]}"]), kernel, rtol=3e-7)
+    assert kept.pair("a.bias") is kept.pair("nothing") is None

@@ -55,6 +55,7 @@ def test_training_is_measured() -> None:
     assert "2 x 20 frames" in bench_flow.measure_flow_train(BenchOptions(repeats=1))[0][0]
 
 
+@pytest.mark.slow
 def test_a_solve_is_measured_alone() -> None:
     figures = bench_flow.measure_flow_offline(ALONE)
     assert [unit for _, unit, _ in figures] == ["ms", "ms", "s", "x realtime"]
@@ -62,6 +63,7 @@ def test_a_solve_is_measured_alone() -> None:
     np.testing.assert_allclose(np.multiply(figures[2][2], figures[3][2]), 1.5)
 
 
+@pytest.mark.slow
 def test_layers_are_unrolled_where_they_are_not_yet(work: bench_flow.Workload) -> None:
     unrolled = work.unrolled()
     assert {"mid_0", "mid_1", "down"} <= set(unrolled.params["estimator"])
@@ -134,6 +136,7 @@ def test_hops_are_measured_by_history_and_against_solving_anew(monkeypatch: pyte
         bench_flow.measure_flow_stream(ALONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_tokens", "num_slots", "num_pinned"),
     [

@@ -40,6 +40,7 @@ def of(figures: list[bench_vocoder.Figure], *words: str) -> list[list[float]]:
     return [values for case, unit, values in figures if all(word in f"{case} [{unit}]" for word in words)]
 
 
+@pytest.mark.slow
 def test_whole_utterances_and_hops_are_measured_by_batch(figures: list[bench_vocoder.Figure]) -> None:
     hop, rows = "2 x hop of 50 frames", 2
     (seconds,), (factor,) = (of(figures, "2 x 3 s in one piece", f"[{unit}]") for unit in ("s", "real-time factor"))
@@ -54,6 +55,7 @@ def test_whole_utterances_and_hops_are_measured_by_batch(figures: list[bench_voc
     assert len(first) == 2
 
 
+@pytest.mark.slow
 def test_an_utterance_in_hops_is_compared(figures: list[bench_vocoder.Figure]) -> None:
     case = "3 s in 3 hops and a flush"
     (ours,), (whole,), (anew,) = (of(figures, case, f"{name} [ms]") for name in (": ours", ": in one piece", " anew"))
@@ -69,6 +71,7 @@ def test_hops_that_say_something_else_are_not_compared(work: Workload, monkeypat
         bench_vocoder._utterance(work, 1)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_model(figures: list[bench_vocoder.Figure]) -> None:
     ((size,),) = of(figures, "state of a stream", "[kB]")
     assert 1 < size < 1000
@@ -79,6 +82,7 @@ def test_sizes_are_those_of_the_model(figures: list[bench_vocoder.Figure]) -> No
         assert milliseconds == pytest.approx(late / 24)
 
 
+@pytest.mark.slow
 def test_a_smaller_hold_back_is_measured_where_it_is_one(figures: list[bench_vocoder.Figure]) -> None:
     own = hold_back(SMALL)
     smaller = [size for size in bench_vocoder._HOLD_BACKS if size < own]
@@ -111,6 +115,7 @@ def test_the_mel_of_a_recording_is_cut_to_seconds(tmp_path: pathlib.Path) -> Non
         make_mel(SMALL, BenchOptions(audio=str(tmp_path / "1.5.wav")))
 
 
+@pytest.mark.slow
 def test_a_run_or_random_parameters(work: Workload, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no run"):
         make_workload(BenchOptions(run=str(tmp_path)))

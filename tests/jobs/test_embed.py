@@ -68,6 +68,7 @@ def manifest(tmp_path):
     return write_manifest(tmp_path, SPEAKERS)
 
 
+@pytest.mark.slow
 def test_each_utterance_is_as_alone_and_speakers_are_means_of_raw_vectors(run_dir, manifest, tmp_path):
     out = tmp_path / "made" / "e.npz"
     result = embed_manifest(run_dir, manifest, out, batch_seconds=6.0)

@@ -1,7 +1,6 @@
 """`cv2jax encode`: files and manifests to tokens, order, refusals, all or nothing, and what is no run."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -21,30 +19,12 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.jobs.encode import encode_audio
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
-from cv2jax.models.speech_tokenizer.model import init_model_state
-from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder, tokenizer_hash
+from cv2jax.models.speech_tokenizer.tokenize import make_encoder, tokenizer_hash
 from cv2jax.tasks.encoders import load_tokenizer
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.state import TrainState
 from tests.data.speech_files import write_speech
-
-CONFIG = SpeechTokenizerConfig(
-    width=16,
-    num_heads=1,
-    num_layers=1,
-    encoder2_layers=1,
-    decoder_layers=1,
-    mlp_ratio=2,
-    codebook_size=32,
-    scan_layers=False,
-)
-
-
-@functools.cache
-def init_tokenizer(config: SpeechTokenizerConfig) -> tuple:
-    """(params, model_state) with random numbers."""
-    key = jax.random.key(3)
-    return jax.jit(lambda: nn.unbox((init_encoding_params(config, key), init_model_state(config, key))))()
+from tests.small_model_directory import TOKENIZER, init_tokenizer
 
 
 def make_run(workdir: pathlib.Path, config: SpeechTokenizerConfig, *, poison: bool = False) -> TrainState:
@@ -65,7 +45,7 @@ def make_run(workdir: pathlib.Path, config: SpeechTokenizerConfig, *, poison: bo
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("runs") / "tokenizer"
-    make_run(path, CONFIG)
+    make_run(path, TOKENIZER)
     return path
 
 
@@ -81,7 +61,7 @@ def write_manifest(path: pathlib.Path, rows: list[tuple[str, str, str]]) -> None
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq"])
 def test_only_the_tokenizer_is_loaded_and_files_become_tokens(tmp_path: pathlib.Path, quantizer: str) -> None:
-    config = dataclasses.replace(CONFIG, quantizer=quantizer)
+    config = dataclasses.replace(TOKENIZER, quantizer=quantizer)
     state = make_run(tmp_path / "run", config)
     tokenizer = load_tokenizer(tmp_path / "run")
     assert set(tokenizer.params) == ({"encoder", "quantizer"} if quantizer == "fsq" else {"encoder"})
@@ -190,9 +170,9 @@ def test_what_is_no_tokenizer_is_one_line(workdir: pathlib.Path, tmp_path: pathl
     write_speech(tmp_path / "a.wav", 1)
     audio, out = [str(tmp_path / "a.wav")], tmp_path / "t.jsonl"
     (tmp_path / "none").mkdir()
-    config = dataclasses.asdict(dataclasses.replace(CONFIG, quantizer="none"))
+    config = dataclasses.asdict(dataclasses.replace(TOKENIZER, quantizer="none"))
     (tmp_path / "none" / "run.json").write_text(json.dumps({"config": {}, "facts": {"model": config}}))
-    make_run(tmp_path / "nan", CONFIG, poison=True)
+    make_run(tmp_path / "nan", TOKENIZER, poison=True)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "run.json").write_text((workdir / "run.json").read_text())
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)

@@ -32,6 +32,7 @@ def result(tmp_path_factory):
     return out, corpus, quickstart(out, corpus, TINY, workers=1)
 
 
+@pytest.mark.slow
 def test_it_ends_with_a_page_and_figures(result):
     out, _, got = result
     assert got.exit_code == 0
@@ -45,6 +46,7 @@ def test_it_ends_with_a_page_and_figures(result):
         assert (out / part).exists()
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_everything_done(result):
     out, corpus, first = result
     before = (out / "tokenizer" / "metrics.jsonl").read_bytes()
@@ -53,6 +55,7 @@ def test_a_second_call_finds_everything_done(result):
     assert (out / "tokenizer" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_report_needs_an_evaluation(result, tmp_path):
     out, _, _ = result
     with pytest.raises(UserError, match="holds no run"):
@@ -110,6 +113,7 @@ def test_quickstart_makes_its_own_corpus(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_place_names_the_flag(result):
     out, corpus, _ = result
     with pytest.raises(UserError, match=r"another config .*quickstart: --out"):

@@ -13,6 +13,7 @@ from cv2jax.convert.campplus import IGNORED, campplus_rules
 from cv2jax.convert.rules import load_tree
 from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
 from cv2jax.models.speaker_encoder.model import init_model_state, init_params
+from tests.models.golden_reader import WeightsReader
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "campplus_tiny.npz"
 GOLDEN_CONFIG = SpeakerEncoderConfig(growth=8, bn_size=2, init_channels=16, embedding_dim=32)
@@ -28,22 +29,7 @@ SMALL_CONFIG = SpeakerEncoderConfig(
     segment_frames=7,
     crop_seconds=0.5,
 )
-
-
-class GoldenReader:
-    """The weights in the file for the rule engine."""
-
-    place = str(GOLDEN)
-
-    def __init__(self):
-        with np.load(GOLDEN) as file:
-            self.arrays = {name.removeprefix("w:"): file[name] for name in file if name.startswith("w:")}
-
-    def names(self):
-        return {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
-
-    def read(self, name, index):
-        return self.arrays[name][index]
+GoldenReader = functools.partial(WeightsReader, GOLDEN)
 
 
 def abstract_tree(config):

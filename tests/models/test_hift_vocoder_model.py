@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
-from cv2jax.models.hift_vocoder.model import HiftVocoder, count_from_zero, init_params
+from cv2jax.models.hift_vocoder.model import HiftVocoder, count_from_zero, init_params, recount
 from cv2jax.models.hift_vocoder.source import draw_noise
 from tests.models.golden_hift import (
     GOLDEN_CONFIG,
@@ -198,3 +198,16 @@ def test_an_origin_of_the_mel_goes_into_the_biases():
     assert_close(got.waveform, want.waveform, atol=1e-4)
     other = apply(plain, small_params(), mel, KEYS[:2])
     assert np.abs(other.waveform - want.waveform).max() > 1e-2
+
+
+def test_other_units_are_the_same_function():
+    config, mel = small_config(mel_origin=-6.0, upsampling_unit=16.0), make_mel(SMALL, 2, 6)
+    other, params = recount(SMALL, small_params(), mel_origin=-6.0, upsampling_unit=16.0)
+    assert other == config
+    want, got = apply(SMALL, small_params(), mel, KEYS[:2]), apply(other, params, mel, KEYS[:2])
+    assert_close(got.f0, want.f0, atol=1e-3)
+    assert_close(got.waveform, want.waveform, atol=1e-4)
+    kernel = small_params()["generator"]["upsample_0"]["kernel"]
+    np.testing.assert_array_equal(params["generator"]["upsample_0"]["kernel"], 16 * kernel)
+    _, same = recount(SMALL, small_params(), mel_origin=SMALL.mel_origin, upsampling_unit=1.0)
+    jax.tree.map(np.testing.assert_array_equal, same, small_params())

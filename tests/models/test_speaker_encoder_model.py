@@ -45,7 +45,9 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, float(jnp.abs(theirs).max())))
 
 
-@pytest.mark.parametrize(("partial", "name"), [("count", "embedding"), ("kernel", "embedding_kernel")])
+@pytest.mark.parametrize(
+    ("partial", "name"), [pytest.param("count", "embedding", marks=pytest.mark.full), ("kernel", "embedding_kernel")]
+)
 def test_embeddings_are_the_official_ones_all_lengths_in_one_batch_behind_garbage(partial, name):
     config, tree, golden = dataclasses.replace(GOLDEN_CONFIG, partial_segment=partial), golden_tree(), golden_arrays()
     sizes = [50, 200, 345]
@@ -76,7 +78,7 @@ def test_the_official_model_has_the_released_size():
     assert config.embedding_dim == 192
 
 
-@pytest.mark.parametrize("partial", ["count", "kernel"])
+@pytest.mark.parametrize("partial", ["count", pytest.param("kernel", marks=pytest.mark.full)])
 def test_a_row_in_a_batch_is_as_alone_whatever_lies_behind_it(partial):
     config, tree = dataclasses.replace(SMALL_CONFIG, partial_segment=partial), random_tree()
     features, valid = batch()
@@ -108,6 +110,7 @@ def training_numbers(features, num_frames, config=SMALL_CONFIG):
     return embedding, state, gradient
 
 
+@pytest.mark.slow
 def test_in_training_padding_and_rows_that_only_fill_change_nothing():
     features, valid = batch()
     embedding, state, gradient = training_numbers(features, NUM_FRAMES)
@@ -133,6 +136,7 @@ def test_training_moves_every_statistic_and_counts_batches():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_statistics_that_settled_give_in_use_what_training_gave():
     """The same batch again and again: its running statistics become its own, up to the unbiased variance."""
     features, tree = np.random.default_rng(1).normal(size=(16, 40, 16)).astype(np.float32), random_tree()

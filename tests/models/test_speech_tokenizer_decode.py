@@ -71,6 +71,7 @@ def test_batch_mates_and_padding_do_not_matter(variables, batch, decoded):
     np.testing.assert_array_equal(num_tokens, decoded[1])
 
 
+@pytest.mark.slow
 def test_scanned_layers_decode_with_stacked_caches(batch):
     config = small(scan_layers=True, remat="full")
     params, state = make_variables(config)

@@ -44,6 +44,7 @@ def run(config, batch=None, seed=0):
     return value_and_grad(config)(params, make_batch() if batch is None else batch, state, jax.random.key(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_parameter_has_a_gradient(quantizer):
     (loss, (metrics, _)), grads = run(small(quantizer=quantizer))
@@ -158,6 +159,7 @@ def test_scan_and_remat_equal_the_unrolled_model():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, stacked(want_grads))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_finitely_with_float32_parameters_and_logits():
     config = small(dtype="bfloat16")
     (loss, (_, out)), grads = run(config)

@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path):
     assert record(broken) == record(whole)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_it_learns_reports_what_is_heard_and_is_streamed(corpus, tmp_path):
     sets = ("optimizer.learning_rate=0.02", "num_steps=30", "evaluate_every=30", "save_every=30")
     config = config_of(corpus, "data.num_buckets=1", *sets)

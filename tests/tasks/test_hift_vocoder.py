@@ -68,6 +68,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, at):
     assert record(broken) == record(whole)
 
 
+@pytest.mark.slow
 def test_it_learns_reports_and_speaks(corpus, tmp_path):
     """What a training saved is a vocoder."""
     config, whole = config_of(corpus, *LEARNS), tmp_path / "whole"
@@ -104,6 +105,14 @@ def test_it_learns_reports_and_speaks(corpus, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params[DISCRIMINATORS], kept)
     with pytest.raises(UserError, match=r"is another vocoder \(model.generator.width: 32 → 16\)"):
         make_task(override(warm, ["model.generator.width=32"])).warm_start(state)
+    # Units are no other vocoder: official weights, of log-mel from 0, start one that counts from elsewhere.
+    counts = make_task(override(warm, ["model.generator.mel_origin=0.5", "model.generator.upsampling_unit=2.0"]))
+    moved = counts.warm_start(state).params[GENERATOR]["generator"]
+    old = params["generator"]
+    want = 2 / generator.upsampling_unit * old["upsample_1"]["kernel"]
+    np.testing.assert_array_equal(moved["upsample_1"]["kernel"], want)
+    shift = (0.5 - generator.mel_origin) / 4 * np.sum(old["conv_in"]["kernel"], axis=(0, 1))
+    np.testing.assert_allclose(moved["conv_in"]["bias"], old["conv_in"]["bias"] + shift, atol=1e-5)
 
     described = json.loads((whole / "run.json").read_text())
     described["facts"]["mel"]["mel_fmax_hz"] = 12000.0

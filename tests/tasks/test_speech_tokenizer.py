@@ -92,6 +92,7 @@ def unbroken(corpus, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_what_it_hears(unbroken):
     held_out = [x for x in record(unbroken) if x["kind"] == "evaluate"]
     assert [x["step"] for x in held_out] == [3, 6]
@@ -121,6 +122,7 @@ def test_the_real_model_resumes_bit_for_bit_and_compiles_nothing_after_the_first
     assert record(tmp_path) == record(unbroken)
 
 
+@pytest.mark.slow
 def test_run_json_holds_what_encode_needs(unbroken):
     facts = json.loads((unbroken / "run.json").read_text())["facts"]
     assert facts["model"]["width"] == 16
@@ -128,6 +130,7 @@ def test_run_json_holds_what_encode_needs(unbroken):
     assert {"corpus_hash", "plan_hash"} <= set(facts)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(corpus, unbroken):
     config = small_config(corpus, "seed=1")
     with pytest.raises(UserError, match="seed: 0 → 1"):

@@ -79,12 +79,14 @@ def test_the_loss_is_the_same_on_every_mesh(corpus, on_one_device, data, fsdp, t
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in on_one_device[0]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_remat_chunks_and_layout_of_the_loss_change_nothing(corpus, on_one_device):
     sets = ("model.backbone.remat=full", "model.loss_chunk=48")
     got, _, _ = first_steps(small_config(corpus, *sets), MeshConfig(), 1)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in on_one_device[0]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_rows_have_the_loss_of_rows_of_their_own(corpus, on_one_device):
     task = make_task(small_config(corpus))
     _, _, packed = next(task.batches(0, 1, make_mesh(MeshConfig(), jax.devices()[:1])))
@@ -120,6 +122,7 @@ def unbroken(corpus, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_what_it_predicts_and_what_it_says(unbroken):
     held_out = [x for x in record(unbroken) if x["kind"] == "evaluate"]
     assert [x["step"] for x in held_out] == [3, 6]
@@ -170,6 +173,7 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, unbroken, tmp_path, sets):
     assert record(broken) == record(whole)
 
 
+@pytest.mark.slow
 def test_low_rank_factors_alone_are_trained(corpus):
     _, first, state = first_steps(small_config(corpus, "lora.rank=2"), MeshConfig(), 1)
     now = jax.device_get(state.params)
@@ -178,6 +182,7 @@ def test_low_rank_factors_alone_are_trained(corpus):
     assert all(jax.tree.leaves(changed[LORA]))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(corpus, unbroken):
     sets = (f"init_from={unbroken}", "optimizer.ema_decay=0.5")
     got, _, _ = first_steps(small_config(corpus, *sets), MeshConfig(fsdp=2), 2, num_steps=1)
@@ -186,6 +191,7 @@ def test_a_run_starts_from_the_weights_of_another(corpus, unbroken):
     assert got[0][0] == pytest.approx(after[-1], abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_hugging_face_backbone(corpus, tmp_path):
     config = small_config(corpus)
     task = make_task(config)
@@ -199,6 +205,7 @@ def test_a_run_starts_from_a_hugging_face_backbone(corpus, tmp_path):
     assert not np.array_equal(got["head_kernel"], params["head_kernel"])
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(corpus, unbroken, tmp_path):
     other = make_small_token_corpus(tmp_path / "other", seed=5)
     cases = [

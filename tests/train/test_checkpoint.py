@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.train.checkpoint import Checkpoints, load_subtree
+from cv2jax.train.checkpoint import Checkpoints, load_subtree, save_frugally
 
 
 def make_state(width: int = 300):
@@ -94,3 +94,19 @@ def test_full_memory_and_an_interrupt_are_not_damage(saved, monkeypatch):
             monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", wrapped)
             with pytest.raises(type(cause)):
                 checkpoints.load(abstract())
+
+
+def test_what_is_saved_frugally_loads_in_part_and_sharded(tmp_path, caplog):
+    state = jax.tree.map(np.asarray, make_state(64))
+    save_frugally(tmp_path / "checkpoints", 0, state)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    wanted = {"params": {"kernel": jax.ShapeDtypeStruct((64, 40), np.float32, sharding=sharding)}}
+    loaded = load_subtree(tmp_path / "checkpoints", wanted)
+    assert loaded["params"]["kernel"].sharding == sharding
+    np.testing.assert_array_equal(loaded["params"]["kernel"], state["params"]["kernel"])
+    with pytest.raises(UserError, match="is of another model"):
+        load_part(tmp_path / "checkpoints", 65)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step == 0

@@ -118,7 +118,7 @@ class HiftTrainingConfig:
     discriminators: DiscriminatorConfig = dataclasses.field(default_factory=DiscriminatorConfig)
     window_frames: int = 51  # of the mel, that a batch shows of an utterance: 24,480 samples
     windows_per_utterance: int = 1
-    remat_discriminators: bool = False  # compute their activations anew for each gradient: slower, with far less memory
+    remat_discriminators: bool = False  # compute their activations anew for each gradient: slower, in less memory
     adversarial_from: int = 0  # steps that are spectral alone; the discriminators start then
     discriminator_learning_rate: float = 2e-4
     mel_weight: float = 45.0

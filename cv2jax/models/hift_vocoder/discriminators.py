@@ -4,7 +4,8 @@ Source: `matcha/hifigan/models.py` and `hifigan/discriminator.py` (spec/official
 without upstream's weight normalisation (`convert/weight_norm.py` goes between the two).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import flax
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from cv2jax.audio.stft import DftKind, frame, hann_window, power_spectrum
 from cv2jax.models.hift_vocoder.discriminator_config import DiscriminatorConfig
+from cv2jax.models.hift_vocoder.losses import feature_matching_loss
 from cv2jax.nn.layers import Axes, contract, fan_in_init, partitioned
 from cv2jax.parallel.sharding import constrain
 
@@ -24,6 +26,7 @@ PERIOD_KERNEL, PERIOD_STRIDE = 5, 3
 SPECTRAL_KERNELS = ((3, 9), (3, 9), (3, 9), (3, 9), (3, 3))
 SPECTRAL_STRIDES = (1, 2, 2, 2, 1)  # over bins; frames are never skipped
 MIN_MAGNITUDE = 1e-7  # below it a magnitude has no slope: at 0 it would be NaN
+T = TypeVar("T")
 
 
 @flax.struct.dataclass
@@ -34,12 +37,21 @@ class Judgement:
     feature_maps: tuple[Float[Array, "B ... _"], ...]  # of every layer, the scores' own [..., 1] last; channels last
 
 
+@flax.struct.dataclass
+class Comparison:
+    """What one discriminator makes of generated waves beside the recorded ones."""
+
+    generated: Float[Array, "B N"]  # scores, fp32
+    recorded: Float[Array, "B N"]
+    feature_loss: Float[Array, ""]  # `feature_matching_loss` of this discriminator
+
+
 class Discriminators(nn.Module):
     """All discriminators of a config, the periods' first.
 
     Attributes:
-      config: sizes. dtype: computation dtype. remat: keep no activations of a discriminator but what it returns.
-      dft: how spectra are computed (`audio.stft.power_spectrum`).
+      config: sizes. dtype: computation dtype. dft: how spectra are computed (`audio.stft.power_spectrum`).
+      remat: a gradient of `compare` computes the activations of one discriminator after the other anew.
     """
 
     config: DiscriminatorConfig
@@ -47,21 +59,37 @@ class Discriminators(nn.Module):
     remat: bool = False
     dft: DftKind = "matmul"
 
-    @nn.compact
     def __call__(self, waveform: Float[Array, "B W"]) -> tuple[Judgement, ...]:
         """Judges waves [B W] in [-1, 1], all W samples of them."""
+        return self._each(lambda judge: judge(waveform))
+
+    def compare(self, generated: Float[Array, "B W"], recorded: Float[Array, "B W"]) -> tuple[Comparison, ...]:
+        """Judges both: all that the losses of the two networks look at, without the feature maps."""
+        one: Any = nn.remat(_compare) if self.remat else _compare
+        return self._each(lambda judge: one(judge, generated, recorded))
+
+    @nn.compact
+    def _each(self, ask: Callable[[Any], T]) -> tuple[T, ...]:
         c = self.config
-        wrap: Any = nn.remat if self.remat else lambda kind: kind
         judges: list[nn.Module] = [
-            wrap(PeriodDiscriminator)(period, c.period_channels, self.dtype, name=f"period_{i}")
+            PeriodDiscriminator(period, c.period_channels, self.dtype, name=f"period_{i}")
             for i, period in enumerate(c.periods)
         ]
         resolutions = zip(c.fft_sizes, c.hop_lengths, c.window_lengths, strict=True)
         judges += [
-            wrap(SpectralDiscriminator)(*resolution, c.spectral_channels, self.dtype, self.dft, name=f"spectral_{i}")
+            SpectralDiscriminator(*resolution, c.spectral_channels, self.dtype, self.dft, name=f"spectral_{i}")
             for i, resolution in enumerate(resolutions)
         ]
-        return tuple(judge(waveform) for judge in judges)
+        return tuple(ask(judge) for judge in judges)
+
+
+def _compare(judge: Any, generated: Float[Array, "B W"], recorded: Float[Array, "B W"]) -> Comparison:
+    made, real = judge(generated), judge(recorded)
+    return Comparison(
+        generated=made.scores,
+        recorded=real.scores,
+        feature_loss=feature_matching_loss([real.feature_maps], [made.feature_maps]),
+    )
 
 
 class PeriodDiscriminator(nn.Module):

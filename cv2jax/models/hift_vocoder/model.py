@@ -116,14 +116,28 @@ def init_params(config: HiftVocoderConfig, key: Key[Array, ""]) -> Any:
 
 def count_from_zero(config: HiftVocoderConfig, params: Any) -> tuple[HiftVocoderConfig, Any]:
     """The same function with `mel_origin` 0, as official weights have it: the origin goes into two biases."""
+    return recount(config, params, mel_origin=0.0, upsampling_unit=config.upsampling_unit)
 
-    def folded(layer: dict[str, Array]) -> dict[str, Array]:
-        moved = config.mel_origin / MEL_UNIT * jnp.sum(layer["kernel"], axis=(0, 1))
-        return layer | {"bias": layer["bias"] - moved}
 
-    generator = params["generator"] | {"conv_in": folded(params["generator"]["conv_in"])}
-    predictor = params["f0_predictor"] | {"conv_0": folded(params["f0_predictor"]["conv_0"])}
-    return dataclasses.replace(config, mel_origin=0.0), params | {"generator": generator, "f0_predictor": predictor}
+def recount(
+    config: HiftVocoderConfig, params: Any, *, mel_origin: float, upsampling_unit: float
+) -> tuple[HiftVocoderConfig, Any]:
+    """The same function in another origin of its log-mel, which goes into two biases, and another unit of its upsampling."""
+
+    def moved(layer: dict[str, Array]) -> dict[str, Array]:
+        if mel_origin == config.mel_origin:
+            return layer
+        by = (mel_origin - config.mel_origin) / MEL_UNIT * jnp.sum(layer["kernel"], axis=(0, 1))
+        return layer | {"bias": layer["bias"] + by}
+
+    factor = upsampling_unit / config.upsampling_unit  # powers of two: nothing rounds
+    generator = params["generator"] | {"conv_in": moved(params["generator"]["conv_in"])}
+    if factor != 1:
+        stages = [name for name in generator if name.startswith("upsample_")]
+        generator |= {name: generator[name] | {"kernel": factor * generator[name]["kernel"]} for name in stages}
+    predictor = params["f0_predictor"] | {"conv_0": moved(params["f0_predictor"]["conv_0"])}
+    recounted = dataclasses.replace(config, mel_origin=mel_origin, upsampling_unit=upsampling_unit)
+    return recounted, params | {"generator": generator, "f0_predictor": predictor}
 
 
 @functools.lru_cache(maxsize=16)  # it traces the model

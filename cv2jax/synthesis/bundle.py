@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 
 # Stages as a model directory calls them.
 SPEECH, MEL, WAVE = "text_speech_lm", "flow_matching", "hift_vocoder"
-TOKENS, SPEAKER, NOISE = "speech_tokenizer", "speaker_encoder", "noise"
+TOKENS, SPEAKER, NOISE, PROMPT_MEL = "speech_tokenizer", "speaker_encoder", "noise", "prompt_mel"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,22 @@ class BundleFacts:
     check_seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PromptMel:
+    """What makes the mel of a recording that is enrolled: waveform [W] at `rate_hz` → log-mel [F M]."""
+
+    make: Callable[[Float32[np.ndarray, " W"]], Float32[np.ndarray, "F M"]]
+    rate_hz: int
+
+
 class Bundle(NamedTuple):
-    """A loaded bundle."""
+    """A loaded bundle; `prompt_mel` is None where it has no speech tokenizer, without which nothing is enrolled."""
 
     stages: Stages
     tokenizer: TextTokenizer
     voices: dict[str, Voice]
     facts: BundleFacts
+    prompt_mel: PromptMel | None = None
 
 
 def load_bundle(path: str | os.PathLike[str], device: jax.Device | None = None) -> Bundle:
@@ -89,7 +98,9 @@ def load_bundle(path: str | os.PathLike[str], device: jax.Device | None = None) 
             f"{place / TOKENIZER}: gives other ids than the bundle's; update tokenizers or copy the bundle again"
         )
     voices = {name: load_voice(file) for name, file in voices_in(place / VOICES).items()}
-    return Bundle(_make_stages(programs, manifest["stages"]), tokenizer, voices, facts)
+    about = manifest["stages"]
+    prompt_mel = _prompt_mel(programs, about[PROMPT_MEL]) if PROMPT_MEL in about else None
+    return Bundle(_make_stages(programs, about), tokenizer, voices, facts, prompt_mel)
 
 
 def _make_stages(programs: Programs, facts: Mapping[str, dict[str, Any]]) -> Stages:
@@ -190,6 +201,17 @@ def _tokenizer_stage(programs: Programs, facts: dict[str, Any]) -> TokenizerStag
         return np.asarray(made["speech_tokens"][0, : int(made["num_speech_tokens"][0])])
 
     return TokenizerStage(tokenize=tokenize, **facts)
+
+
+def _prompt_mel(programs: Programs, facts: Mapping[str, Any]) -> PromptMel:
+    seconds, rate = facts["seconds"], facts["rate_hz"]
+
+    def make(waveform: Float32[np.ndarray, " W"]) -> Float32[np.ndarray, "F M"]:
+        name, inputs = _padded(waveform, seconds, rate)
+        _, made = programs(PROMPT_MEL, name, {}, inputs)
+        return np.asarray(made["mel"][0, : int(made["num_frames"][0])])
+
+    return PromptMel(make=make, rate_hz=rate)
 
 
 def _speaker_stage(programs: Programs, facts: dict[str, Any]) -> SpeakerStage:

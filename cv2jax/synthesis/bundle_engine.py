@@ -31,7 +31,7 @@ def make_bundle_engine(
 
     Raises UserError as `load_bundle`, and for options that its programs were not made for.
     """
-    stages, tokenizer, _, facts = load_bundle(path, device)
+    stages, tokenizer, _, facts, _ = load_bundle(path, device)
     mask = ChunkMask(chunk=options.chunk) if options.chunk else facts.mask
     return Engine(
         stages,

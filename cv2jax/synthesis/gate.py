@@ -20,22 +20,23 @@ from jaxtyping import Float32, Shaped
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
-from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
+from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
 from cv2jax.synthesis.bundle_files import GOLDEN, write_bytes
 from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.prompt import Prompt, key_data
-from cv2jax.synthesis.stages import LOOKAHEAD, Controls, MelStage, SpeechStage, Stages, State, WaveStage
+from cv2jax.synthesis.stages import LOOKAHEAD, Controls, MelStage, SpeechStage, State, WaveStage
 from cv2jax.synthesis.wave_stream import WaveStreams
 from cv2jax.text.layout import SOS, SPECIAL, TASK, TEXT
 from cv2jax.text.layout import SPEECH as SPEECH_KIND
 from cv2jax.text.tokenizer import TextTokenizer
 
 TEXT_STAGE = "tokenizer"
-ORDER = (TEXT_STAGE, SPEECH, MEL, WAVE, TOKENS, SPEAKER)
+ORDER = (TEXT_STAGE, SPEECH, MEL, WAVE, TOKENS, SPEAKER, PROMPT_MEL)
 # Bounds: of whole numbers the share that may differ, of others the relative error |a - b| / |b| over the whole array. Where a
 # draw follows from rounded products, a near tie may fall the other way: in bfloat16 ids are told and not judged, logits are.
 _EXACT = {"ids": 0.0, "speech_tokens": 0.0}
-_FLOAT32 = _EXACT | {"logits": 1e-3, "mel": 1e-3, "waveform": 1e-2, "speaker_embedding": 1e-3, "drawn": 0.0}
+_FLOAT32 = _EXACT | {"logits": 1e-3, "mel": 1e-3, "waveform": 1e-2, "speaker_embedding": 1e-3, "prompt_mel": 1e-3}
+_FLOAT32 |= {"drawn": 0.0}
 BOUNDS: dict[str, dict[str, float | None]] = {
     "float32": {**_FLOAT32},
     "bfloat16": {**_FLOAT32, "logits": 5e-2, "mel": 5e-2, "drawn": None},
@@ -69,43 +70,56 @@ class Check:
         return math.isfinite(self.error) and (self.bound is None or self.error <= self.bound)
 
 
-def make_questions(stages: Stages, tokenizer: TextTokenizer, mask: ChunkMask, seed: int = 0) -> dict[str, Answer]:
-    """A question for each stage that there is, drawn from a seed; arrays by name."""
-    rng, mel, wave = np.random.default_rng(seed), stages.mel, stages.wave
-    questions = {TEXT_STAGE: {"texts": np.array(TEXTS)}}
-    if stages.speech is not None:
-        questions[SPEECH] = _speech_question(stages.speech, tokenizer, rng)
-    num_prompt = min(mask.chunk, 100) + LOOKAHEAD + 3
-    questions[MEL] = {
-        "prompt_tokens": rng.integers(0, mel.num_speech_tokens, num_prompt).astype(np.int32),
-        "prompt_mel": _log_mel(rng, 2 * num_prompt, mel.num_mels),
-        "speaker_embedding": rng.normal(size=mel.speaker_dim).astype(np.float32),
-        "speech_tokens": rng.integers(0, mel.num_speech_tokens, min(mask.chunk, 100) + 8).astype(np.int32),
-    }
-    questions[WAVE] = {"mel": _log_mel(rng, sum(_FRAMES), wave.mel_definition.num_mels)}
-    for name, stage in ((TOKENS, stages.tokenizer), (SPEAKER, stages.speaker)):
-        if stage is not None:
-            questions[name] = {"waveform": _recording(rng, stage.rate_hz)}
-    return questions
+def find_stage(bundle: Bundle, name: str) -> Any:
+    """Whom the question of this name is for; None where a bundle has no such stage."""
+    stages = bundle.stages
+    return {
+        TEXT_STAGE: bundle.tokenizer,
+        SPEECH: stages.speech,
+        MEL: stages.mel,
+        WAVE: stages.wave,
+        TOKENS: stages.tokenizer,
+        SPEAKER: stages.speaker,
+        PROMPT_MEL: bundle.prompt_mel,
+    }[name]
 
 
-def answer(stages: Stages, tokenizer: TextTokenizer, mask: ChunkMask, name: str, question: Mapping[str, Any]) -> Answer:
-    """What a stage says to its question; arrays by quantity."""
+def make_question(name: str, stage: Any, tokenizer: TextTokenizer, mask: ChunkMask, seed: int = 0) -> Answer:
+    """The question for the stage of this name, drawn from a seed; arrays by name."""
+    rng = np.random.default_rng([seed, ORDER.index(name)])
     if name == TEXT_STAGE:
-        ids = [np.array(tokenizer.encode(str(text)), np.int32) for text in question["texts"]]
+        return {"texts": np.array(TEXTS)}
+    if name == SPEECH:
+        return _speech_question(stage, tokenizer, rng)
+    if name == WAVE:
+        return {"mel": _log_mel(rng, sum(_FRAMES), stage.mel_definition.num_mels)}
+    if name in (TOKENS, SPEAKER, PROMPT_MEL):
+        return {"waveform": _recording(rng, stage.rate_hz)}
+    num_prompt = min(mask.chunk, 100) + LOOKAHEAD + 3
+    return {
+        "prompt_tokens": rng.integers(0, stage.num_speech_tokens, num_prompt).astype(np.int32),
+        "prompt_mel": _log_mel(rng, 2 * num_prompt, stage.num_mels),
+        "speaker_embedding": rng.normal(size=stage.speaker_dim).astype(np.float32),
+        "speech_tokens": rng.integers(0, stage.num_speech_tokens, min(mask.chunk, 100) + 8).astype(np.int32),
+    }
+
+
+def answer(name: str, stage: Any, mask: ChunkMask, question: Mapping[str, Any]) -> Answer:
+    """What the stage of this name says to its question; arrays by quantity."""
+    if name == TEXT_STAGE:
+        ids = [np.array(stage.encode(str(text)), np.int32) for text in question["texts"]]
         return {"ids": np.concatenate(ids), "num_ids": np.array([len(each) for each in ids], np.int32)}
     if name == SPEECH:
-        assert stages.speech is not None
-        return _speech_answer(stages.speech, question)
+        return _speech_answer(stage, question)
     if name == MEL:
-        return {"mel": _mel_answer(stages.mel, mask, question)}
+        return {"mel": _mel_answer(stage, mask, question)}
     if name == WAVE:
-        return {"waveform": _wave_answer(stages.wave, question)}
+        return {"waveform": _wave_answer(stage, question)}
     if name == TOKENS:
-        assert stages.tokenizer is not None
-        return {"speech_tokens": np.asarray(stages.tokenizer.tokenize(question["waveform"]))}
-    assert stages.speaker is not None
-    return {"speaker_embedding": np.asarray(stages.speaker.embed(question["waveform"]))}
+        return {"speech_tokens": np.asarray(stage.tokenize(question["waveform"]))}
+    if name == PROMPT_MEL:
+        return {"prompt_mel": np.asarray(stage.make(question["waveform"]))}
+    return {"speaker_embedding": np.asarray(stage.embed(question["waveform"]))}
 
 
 def write_golden(path: str | os.PathLike[str], name: str, question: Answer, wanted: Answer) -> None:
@@ -139,7 +153,7 @@ def run_gate(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Check]:
             continue
         asked, wanted = read_golden(path, name)
         start = time.perf_counter()
-        found = answer(bundle.stages, bundle.tokenizer, bundle.facts.mask, name, asked)
+        found = answer(name, find_stage(bundle, name), bundle.facts.mask, asked)
         seconds = time.perf_counter() - start
         for quantity, values in wanted.items():
             error = relative_error(found[quantity], values)

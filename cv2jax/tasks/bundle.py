@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import cv2jax
 from cv2jax.audio.fbank import FBANK_RATE_HZ
-from cv2jax.audio.mel import WHISPER_RATE_HZ
+from cv2jax.audio.mel import FLOW_MEL, MEL_RATE_HZ, WHISPER_RATE_HZ, mel_spectrogram
 from cv2jax.config import UserError, to_dict
 from cv2jax.models.hift_vocoder.model import hold_back
 from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
@@ -26,11 +27,11 @@ from cv2jax.models.speech_tokenizer.tokenize import make_encoder
 from cv2jax.nn.signal import ENDLESS
 from cv2jax.synthesis import bundle_files as files
 from cv2jax.synthesis import gate
-from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE, load_bundle
+from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, PromptMel, load_bundle
 from cv2jax.synthesis.bundle_programs import PLATFORMS
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.sampling import RequestSampler
-from cv2jax.synthesis.stages import SpeakerStage, Stages, TokenizerStage
+from cv2jax.synthesis.stages import SpeakerStage, TokenizerStage
 from cv2jax.synthesis.voice import load_voice, require_voice
 from cv2jax.tasks import bundle_programs
 from cv2jax.tasks.bundle_parts import Parts, require_dtype, served_config, served_params
@@ -223,9 +224,16 @@ def _stage_facts(parts: Parts, sizes: Sizes) -> dict[str, Any]:
     if TOKENS in parts.stages:
         rate = {"rate_hz": WHISPER_RATE_HZ, "max_seconds": float(sizes.recordings[-1])}
         facts[TOKENS] = parts.stages[TOKENS].facts | rate | longest
+    if _has_prompt_mel(parts):
+        facts[PROMPT_MEL] = {"rate_hz": MEL_RATE_HZ} | longest
     if SPEAKER in parts.stages:
         facts[SPEAKER] = parts.stages[SPEAKER].facts | {"rate_hz": FBANK_RATE_HZ, "min_samples": MIN_SAMPLES} | longest
     return _plain(facts)
+
+
+def _has_prompt_mel(parts: Parts) -> bool:
+    """Whether recordings can be enrolled: the front end makes mel of one definition."""
+    return TOKENS in parts.stages and parts.stages[MEL].facts["mel_definition"] == FLOW_MEL
 
 
 def _write_stages(
@@ -246,6 +254,8 @@ def _write_stages(
         _export_all(made, shapes, platforms, place, manifest, whole=dtype == "float32" or name not in (SPEECH, MEL))
     noise = bundle_programs.noise_programs(parts.stages[MEL].config, sizes)
     _export_all(noise, {}, platforms, place, manifest, whole=True)
+    if _has_prompt_mel(parts):
+        _export_all(bundle_programs.prompt_mel_programs(sizes), {}, platforms, place, manifest, whole=True)
 
 
 def _programs(name: str, config: Any, sizes: Sizes) -> Made:
@@ -261,45 +271,38 @@ def _programs(name: str, config: Any, sizes: Sizes) -> Made:
 
 
 def _write_golden(parts: Parts, place: pathlib.Path) -> None:
-    """Questions of all stages, and what the fp32 model answers to each."""
-    stages = reference_stages(parts)
+    """Questions of all stages, and what the fp32 model answers to each; no two stages are in memory at once."""
     for name in gate.ORDER:
-        questions = gate.make_questions(stages, parts.text_tokenizer, parts.mask)
-        if name in questions:
-            wanted = gate.answer(stages, parts.text_tokenizer, parts.mask, name, questions[name])
-            gate.write_golden(place, name, questions[name], wanted)
+        if name == gate.TEXT_STAGE or name in parts.stages or (name == PROMPT_MEL and _has_prompt_mel(parts)):
+            gate.write_golden(place, name, *_ask_reference(parts, name))
 
 
-def reference_stages(parts: Parts) -> Stages:
-    """The stages of the models themselves, in fp32; parameters are read here."""
-    speech, mel, wave = (parts.stages[name] for name in (SPEECH, MEL, WAVE))
-    return Stages(
-        speech=make_speech_stage(speech.config, speech.load(), SAMPLER, **speech.facts),
-        mel=make_mel_stage(mel.config, mel.load(), **mel.facts),
-        wave=make_wave_stage(wave.config, wave.load(), wave.facts["mel_definition"]),
-        tokenizer=_reference_tokenizer(parts),
-        speaker=_reference_speaker(parts),
-    )
+def _ask_reference(parts: Parts, name: str) -> tuple[gate.Answer, gate.Answer]:
+    stage = reference_stage(parts, name)
+    question = gate.make_question(name, stage, parts.text_tokenizer, parts.mask)
+    return question, gate.answer(name, stage, parts.mask, question)
 
 
-def _reference_tokenizer(parts: Parts) -> TokenizerStage | None:
-    if TOKENS not in parts.stages:
-        return None
-    part = parts.stages[TOKENS]
-    tree = part.load()
-    state = bundle_programs.tokenizer_state(part.config, tree)
-    encoder = make_encoder(part.config, tree["params"], state, batch_seconds=1.0)
-    return TokenizerStage(tokenize=lambda waveform: encoder([waveform])[0], hash=part.facts["hash"])
-
-
-def _reference_speaker(parts: Parts) -> SpeakerStage | None:
-    if SPEAKER not in parts.stages:
-        return None
-    part = parts.stages[SPEAKER]
-    tree = part.load()
-    variables = {"encoder": tree["encoder"]}, {"norms": tree["norms"]}
-    embedder = WaveformEmbedder(part.config, *variables, batch_seconds=1.0)
-    return SpeakerStage(embed=lambda waveform: dict(embedder([(0, waveform)]))[0], hash=part.facts["hash"])
+def reference_stage(parts: Parts, name: str) -> Any:
+    """The stage of the model itself, in fp32; its parameters are read here."""
+    if name == gate.TEXT_STAGE:
+        return parts.text_tokenizer
+    if name == PROMPT_MEL:
+        return PromptMel(make=lambda waveform: np.asarray(mel_spectrogram(waveform[None])[0][0].T), rate_hz=MEL_RATE_HZ)
+    part = parts.stages[name]
+    config, params, facts = part.config, part.load(), part.facts
+    if name == SPEECH:
+        return make_speech_stage(config, params, SAMPLER, **facts)
+    if name == MEL:
+        return make_mel_stage(config, params, **facts)
+    if name == WAVE:
+        return make_wave_stage(config, params, facts["mel_definition"])
+    if name == TOKENS:
+        state = bundle_programs.tokenizer_state(config, params)
+        encoder = make_encoder(config, params["params"], state, batch_seconds=1.0)
+        return TokenizerStage(tokenize=lambda waveform: encoder([waveform])[0], hash=facts["hash"])
+    embedder = WaveformEmbedder(config, {"encoder": params["encoder"]}, {"norms": params["norms"]}, batch_seconds=1.0)
+    return SpeakerStage(embed=lambda waveform: dict(embedder([(0, waveform)]))[0], hash=facts["hash"])
 
 
 def _export_all(

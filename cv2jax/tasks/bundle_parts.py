@@ -125,28 +125,35 @@ def _mel_part(model: str | os.PathLike[str], mesh: Any, encoders: dict[str, Part
 
 def _wave_part(model: str | os.PathLike[str], mesh: Any) -> Part:
     run = stage_run(model, WAVE)
-    config, params = load_vocoder(run, mesh)
-    return Part(config=config, load=lambda: _local(params), facts={"mel_definition": FLOW_MEL})
+    config, _ = load_vocoder(run, mesh)
+    return Part(config=config, load=lambda: _local(load_vocoder(run, mesh)[1]), facts={"mel_definition": FLOW_MEL})
 
 
 def _encoder_parts(model: str | os.PathLike[str]) -> dict[str, Part]:
-    """Those of the encoders that the directory has."""
+    """Those of the encoders that the directory has; they are read for their hashes, and again by `load`: none stays."""
     parts = {}
     if has_stage(model, TOKENS):
         tokenizer = load_tokenizer(stage_run(model, TOKENS))
         require_same_tokenizer(model, tokenizer.hash)
-        tree = {"params": {part: tokenizer.params[part] for part in ENCODING_PARTS if part in tokenizer.params}}
-        if tokenizer.config.quantizer == "vq":
-            tree["codebook"] = tokenizer.model_state.codebook
         config = dataclasses.replace(tokenizer.config, dropout=0.0)
-        parts[TOKENS] = Part(config=config, load=lambda: tree, facts={"hash": tokenizer.hash})
+        load = functools.partial(_tokenizer_tree, stage_run(model, TOKENS))
+        parts[TOKENS] = Part(config=config, load=load, facts={"hash": tokenizer.hash})
     if has_stage(model, SPEAKER):
         encoder = load_speaker_encoder(stage_run(model, SPEAKER))
-        tree_of = {"encoder": encoder.params["encoder"], "norms": encoder.model_state["norms"]}
-        parts[SPEAKER] = Part(
-            config=inference_config(encoder.config), load=lambda: tree_of, facts={"hash": encoder.hash}
-        )
+        load = functools.partial(_encoder_tree, stage_run(model, SPEAKER))
+        parts[SPEAKER] = Part(config=inference_config(encoder.config), load=load, facts={"hash": encoder.hash})
     return parts
+
+
+def _tokenizer_tree(run: pathlib.Path) -> dict[str, Any]:
+    tokenizer = load_tokenizer(run)
+    tree = {"params": {part: tokenizer.params[part] for part in ENCODING_PARTS if part in tokenizer.params}}
+    return tree | ({"codebook": tokenizer.model_state.codebook} if tokenizer.config.quantizer == "vq" else {})
+
+
+def _encoder_tree(run: pathlib.Path) -> dict[str, Any]:
+    encoder = load_speaker_encoder(run)
+    return {"encoder": encoder.params["encoder"], "norms": encoder.model_state["norms"]}
 
 
 def parts_of_bundle(path: str | os.PathLike[str]) -> Parts:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cv2jax.audio.fbank import FBANK_RATE_HZ, kaldi_fbank
-from cv2jax.audio.mel import WHISPER_RATE_HZ, log_mel_whisper
+from cv2jax.audio.mel import MEL_RATE_HZ, WHISPER_RATE_HZ, log_mel_whisper, mel_spectrogram
 from cv2jax.config import UserError
 from cv2jax.models.flow_matching.model import FlowMatching
 from cv2jax.models.flow_matching.noise import frame_noise
@@ -27,7 +27,7 @@ from cv2jax.models.speech_tokenizer.model import encode, init_model_state
 from cv2jax.models.text_speech_lm import decode
 from cv2jax.nn.attention import BLOCK
 from cv2jax.nn.chunks import ChunkMask
-from cv2jax.synthesis.bundle import MEL, NOISE, SPEAKER, SPEECH, TOKENS, WAVE
+from cv2jax.synthesis.bundle import MEL, NOISE, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE
 from cv2jax.synthesis.bundle_programs import Leaf, Table
 from cv2jax.synthesis.sampling import RequestSampler
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD, TOKENS_PER_SECOND
@@ -304,6 +304,17 @@ def speaker_programs(config: Any, sizes: Sizes) -> Made:
         return {}, {"speaker_embedding": embed(config, {"encoder": tree["encoder"]}, {"norms": tree["norms"]}, *arrays)}
 
     return list(_recording_programs(SPEAKER, run, sizes, FBANK_RATE_HZ)), {}
+
+
+def prompt_mel_programs(sizes: Sizes) -> Made:
+    """Recordings at 24 kHz to the flow's mel, for enrolment; there are no parameters."""
+
+    def run(params: Any, state: Any, inputs: Any) -> Any:
+        del params, state
+        mel, num_frames = mel_spectrogram(inputs["waveform"], inputs["num_samples"])
+        return {}, {"mel": jnp.swapaxes(mel, 1, 2), "num_frames": num_frames}
+
+    return list(_recording_programs(PROMPT_MEL, run, sizes, MEL_RATE_HZ)), {}
 
 
 def _recording_programs(stage: str, run: Function, sizes: Sizes, rate_hz: int) -> Iterator[Program]:

@@ -6,6 +6,7 @@ import pytest
 
 from cv2jax.config import UserError
 from cv2jax.synthesis import gate
+from cv2jax.synthesis.bundle import Bundle
 from cv2jax.synthesis.bundle_files import GOLDEN
 from tests.synthesis import small_engine
 
@@ -50,15 +51,17 @@ def test_golden_answers_are_kept_and_must_be_finite(tmp_path):
 @pytest.mark.full
 def test_questions_are_the_same_for_the_same_seed_and_fit_the_stages():
     stages, tokenizer, mask = small_engine.stages(), small_engine.tokenizer(), small_engine.make_engine().mels.mask
-    first, again = (gate.make_questions(stages, tokenizer, mask) for _ in range(2))
-    assert set(first) == {"tokenizer", "text_speech_lm", "flow_matching", "hift_vocoder", "speech_tokenizer"}
+    bundle = Bundle(stages, tokenizer, {}, None)
+    ask = lambda name, seed=0: gate.make_question(name, gate.find_stage(bundle, name), tokenizer, mask, seed)  # noqa: E731
+    names = [name for name in gate.ORDER if gate.find_stage(bundle, name) is not None]
+    assert names == ["tokenizer", "text_speech_lm", "flow_matching", "hift_vocoder", "speech_tokenizer"]
+    first = {name: ask(name) for name in names}
     for name, question in first.items():
         for key, values in question.items():
-            np.testing.assert_array_equal(values, again[name][key])
+            np.testing.assert_array_equal(values, ask(name)[key])
     assert first["flow_matching"]["prompt_mel"].shape == (2 * len(first["flow_matching"]["prompt_tokens"]), 5)
-    other = gate.make_questions(stages, tokenizer, mask, seed=1)
-    assert not np.array_equal(first["hift_vocoder"]["mel"], other["hift_vocoder"]["mel"])
-    ids = gate.answer(stages, tokenizer, mask, "tokenizer", first["tokenizer"])
+    assert not np.array_equal(first["hift_vocoder"]["mel"], ask("hift_vocoder", 1)["mel"])
+    ids = gate.answer("tokenizer", tokenizer, mask, first["tokenizer"])
     assert ids["num_ids"].sum() == len(ids["ids"])
     assert ids["num_ids"][-1] == 0
 

@@ -95,13 +95,14 @@ def test_streams_side_by_side_from_a_bundle_say_what_each_says_alone(bundle):
 
 
 def test_a_bundle_hears_as_the_encoders_do(bundle):
-    stages, rng = writer.reference_stages(small_bundle.make_parts(encoders=True)), np.random.default_rng(5)
+    parts, rng = small_bundle.make_parts(encoders=True), np.random.default_rng(5)
+    tokenizer, speaker = (writer.reference_stage(parts, name) for name in (TOKENS, SPEAKER))
     assert bundle.stages.tokenizer is not None
     assert bundle.stages.speaker is not None
     for num_samples in (1_000, 16_123, 48_000):
         wave = (0.1 * rng.normal(size=num_samples)).astype(np.float32)
-        np.testing.assert_array_equal(bundle.stages.tokenizer.tokenize(wave), stages.tokenizer.tokenize(wave))
-        np.testing.assert_allclose(bundle.stages.speaker.embed(wave), stages.speaker.embed(wave), atol=1e-4)
+        np.testing.assert_array_equal(bundle.stages.tokenizer.tokenize(wave), tokenizer.tokenize(wave))
+        np.testing.assert_allclose(bundle.stages.speaker.embed(wave), speaker.embed(wave), atol=1e-4)
     with pytest.raises(UserError, match=r"a recording of 3\.1 s: this bundle reads 3 s at most"):
         bundle.stages.tokenizer.tokenize(np.zeros(49_600, np.float32))
 

@@ -47,7 +47,7 @@ def write_again(place, manifest, **changes):
 
 
 def test_the_stages_of_a_bundle_are_described_as_the_models_are(skeleton, parts):
-    stages, tokenizer, voices, facts = load_bundle(skeleton)
+    stages, tokenizer, voices, facts, _ = load_bundle(skeleton)
     assert tokenizer.hash == small_engine.tokenizer().hash
     np.testing.assert_array_equal(voices["ann"].mel, small_engine.voice().mel)
     assert (facts.mask, facts.normalizer, facts.dtype) == (ChunkMask(chunk=5), "none", "float32")

@@ -21,7 +21,7 @@ from jaxtyping import Float32, Shaped
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
-from cv2jax.synthesis.bundle_files import GOLDEN, write_bytes
+from cv2jax.synthesis.bundle_files import GOLDEN, PARAMETERS, read_arrays, write_bytes
 from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.prompt import Prompt, key_data
 from cv2jax.synthesis.stages import LOOKAHEAD, Controls, MelStage, SpeechStage, State, WaveStage
@@ -146,12 +146,20 @@ def read_golden(path: str | os.PathLike[str], name: str) -> tuple[Answer, Answer
 
 
 def run_gate(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Check]:
-    """Asks every stage of a loaded bundle, in the order of speech, and compares with what the fp32 model said."""
+    """Asks every stage of a loaded bundle, in the order of speech, and compares with what the fp32 model said.
+
+    Of a stage's parameters, first, the share that is not finite is told: a question need not touch them all.
+    """
     bounds = BOUNDS[bundle.facts.dtype]
     for name in ORDER:
         if not pathlib.Path(path, GOLDEN, f"{name}.npz").is_file():
             continue
         asked, wanted = read_golden(path, name)
+        start = time.perf_counter()
+        file = pathlib.Path(path, PARAMETERS, f"{name}.safetensors")
+        if file.is_file():
+            share = share_not_finite(read_arrays(file))
+            yield Check(stage=name, quantity="parameters", error=share, bound=0.0, seconds=time.perf_counter() - start)
         start = time.perf_counter()
         found = answer(name, find_stage(bundle, name), bundle.facts.mask, asked)
         seconds = time.perf_counter() - start
@@ -159,6 +167,12 @@ def run_gate(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Check]:
             error = relative_error(found[quantity], values)
             bound = bounds.get(quantity, 0.0)
             yield Check(stage=name, quantity=quantity, error=error, bound=bound, seconds=seconds)
+
+
+def share_not_finite(arrays: Mapping[str, np.ndarray]) -> float:
+    """Of all numbers of these arrays, the share that is NaN or infinite."""
+    size = sum(array.size for array in arrays.values())
+    return sum(_num_not_finite(array) for array in arrays.values()) / max(size, 1)
 
 
 def first_drift(checks: list[Check]) -> Check | None:
@@ -187,6 +201,12 @@ def format_checks(checks: list[Check]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _num_not_finite(array: np.ndarray) -> int:
+    if array.dtype.itemsize == 2:  # bfloat16, of which numpy knows nothing: all bits of the exponent are set
+        return int(np.sum((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    return int(np.sum(~np.isfinite(array)))
 
 
 def _speech_question(stage: SpeechStage, tokenizer: TextTokenizer, rng: np.random.Generator) -> Answer:

@@ -1,7 +1,11 @@
 """`cv2jax export --to bundle` and `cv2jax selftest`: what they refuse, what they print, and a bundle made and used by them."""
 
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -12,9 +16,16 @@ from cv2jax.jobs import selftest as selftest_job
 from cv2jax.synthesis import bundle_files as files
 from cv2jax.synthesis.bundle import MEL, WAVE
 from cv2jax.synthesis.gate import Check
+from cv2jax.synthesis.voice import load_voice
 from cv2jax.tasks import engine
 from cv2jax.tasks.bundle import BundleReport
+from cv2jax.tasks.encoders import load_tokenizer
+from tests import small_model_directory as small
 from tests.small_model import make_small_model
+from tests.small_model_directory import make_model_directory
+from tests.small_token_corpus import NUM_CODES
+
+SMALLEST = ("--slots=1", "--seconds=8")
 
 PASSES = Check(stage=MEL, quantity="mel", error=0.0, bound=1e-3, seconds=0.5)
 DRIFTS = dataclasses.replace(PASSES, stage=WAVE, quantity="waveform", error=0.5)
@@ -82,18 +93,81 @@ def test_an_engine_is_made_of_a_bundle_or_of_a_model_directory(tmp_path):
         engine.load_engine(tmp_path)
 
 
+_WITHOUT_FLAX = """
+import sys
+for name in "flax optax orbax grain transformers librosa tensorboardX torch".split():
+    sys.modules[name] = None
+from cv2jax.cli.main import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def run_alone(*words):
+    """The command line in a process that has only what a bundle needs."""
+    command = [sys.executable, "-c", _WITHOUT_FLAX, *map(str, words)]
+    root = pathlib.Path(__file__).parents[2]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """All five stages, and a recording."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = dataclasses.replace(small.TOKENIZER, quantizer="vq", codebook_size=NUM_CODES)
+    make_model_directory(root / "model", tokenizer, dataclasses.replace(small.ENCODER, embedding_dim=8))
+    make_small_model(root / "model", load_tokenizer(root / "model" / "speech_tokenizer").hash)
+    soundfile.write(root / "clip.wav", small.make_speech(3.1, 24000), 24000)
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def bundle(model):
+    place = model.with_name("bundle")
+    assert run_cli(["export", str(model), "--to=bundle", f"--out={place}", *SMALLEST]) == 0
+    return place
+
+
+def pcm(path):
+    return soundfile.read(path, dtype="int16")[0].astype(int)
+
+
 @pytest.mark.full
-def test_a_model_directory_becomes_a_bundle_that_says_the_same(tmp_path, capsys):
-    model, bundle = make_small_model(tmp_path / "model"), tmp_path / "bundle"
-    words = ["--slots=1", "--seconds=8", "--platforms=cpu"]
-    assert run_cli(["export", str(model), "--to=bundle", f"--out={bundle}", *words]) == 0
-    assert run_cli(["selftest", str(bundle)]) == 0
-    assert "passes in" in capsys.readouterr().out
-    heard = []
-    for place in (model, bundle):
-        out = tmp_path / f"{place.name}.wav"
-        said = ["one two three", f"--model={place}", "--voice=ann", f"--out={out}", "--max_length=40"]
-        assert run_cli(["synthesize", *said]) in (0, 3)
-        heard.append(soundfile.read(out, dtype="int16")[0].tolist())
-    assert heard[0] == heard[1]
-    assert len(heard[0]) > 1000
+def test_a_bundle_serves_without_flax_what_its_model_says(model, bundle, tmp_path):
+    done = run_alone("selftest", bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "passes in" in done.stdout
+    said = ["synthesize", "one two three", "--voice=ann", "--max_length=40"]
+    for name, words in (("streamed", ["--stream"]), ("whole", [])):
+        done = run_alone(*said, f"--model={bundle}", f"--out={tmp_path / name}.wav", *words)
+        assert done.returncode in (0, 3), done.stderr
+    assert run_cli([*said, f"--model={model}", f"--out={tmp_path}/model.wav"]) in (0, 3)
+    wanted = pcm(tmp_path / "model.wav")
+    assert len(wanted) > 1000
+    for name in ("streamed", "whole"):
+        found = pcm(tmp_path / f"{name}.wav")
+        assert len(found) == len(wanted)
+        assert np.abs(found - wanted).max() <= 4  # 1e-4 of full scale
+
+
+@pytest.mark.full
+def test_a_bundle_enrolls_as_its_model_does(model, bundle, tmp_path):
+    words = ["enroll", str(model.with_name("clip.wav")), "--text=one two"]
+    out = tmp_path / "eve.safetensors"
+    done = run_alone(*words, f"--model={bundle}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert run_cli([*words, f"--model={model}", f"--out={tmp_path}/wanted.safetensors"]) == 0
+    found, wanted = load_voice(out), load_voice(tmp_path / "wanted.safetensors")
+    np.testing.assert_array_equal(found.speech_tokens, wanted.speech_tokens)
+    np.testing.assert_allclose(found.mel, wanted.mel, atol=1e-3)
+    np.testing.assert_allclose(found.speaker_embedding, wanted.speaker_embedding, atol=1e-4)
+    for name in ("speech_tokenizer", "speaker_encoder", "text", "warnings"):
+        assert getattr(found, name) == getattr(wanted, name)
+
+
+@pytest.mark.full
+def test_a_bundle_is_written_again_from_itself_alone(bundle, tmp_path):
+    again = tmp_path / "again"
+    words = ["--to=bundle", f"--from_bundle={bundle}", f"--out={again}", "--dtype=bfloat16", "--platforms=cpu"]
+    assert run_cli(["export", *words, *SMALLEST]) == 0
+    assert run_alone("selftest", again).returncode == 0
+    assert files.read_manifest(again)["dtype"] == "bfloat16"

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,16 @@ def test_the_error_is_relative_to_the_whole_array_and_for_whole_numbers_a_share(
     assert gate.relative_error(np.array([3.0, np.nan]), wanted) == math.inf
     assert gate.relative_error(wanted[:1], wanted) == math.inf
     assert gate.relative_error(np.zeros(0, np.int32), np.zeros(0, np.int32)) == 0
+
+
+def test_numbers_that_are_not_finite_are_counted_in_any_type():
+    arrays = {
+        "a": np.array([1, np.nan, 3, 4], np.float32),
+        "b": np.asarray(jnp.array([1, -jnp.inf, 2.0, 0], jnp.bfloat16)),
+    }
+    assert gate.share_not_finite(arrays) == 0.25
+    assert gate.share_not_finite({"b": arrays["b"][2:], "c": np.array([7], np.int32)}) == 0
+    assert gate.share_not_finite({}) == 0
 
 
 def test_the_first_that_does_not_pass_is_named():

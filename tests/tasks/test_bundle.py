@@ -56,7 +56,9 @@ def speak(engine, **changes):
 def test_the_gate_passed_and_is_written_down(exported):
     place, report = exported
     manifest = files.read_manifest(place)
-    assert [check.stage for check in report.checks if check.quantity not in ("num_ids", "drawn")] == list(gate.ORDER)
+    others = ("num_ids", "drawn", "parameters")
+    assert [check.stage for check in report.checks if check.quantity not in others] == list(gate.ORDER[:-1])
+    assert [check.stage for check in report.checks if check.quantity == "parameters"] == list(gate.ORDER[1:-1])
     assert all(check.passes for check in report.checks)
     assert manifest["gate"]["checks"] == [dataclasses.asdict(check) for check in report.checks]
     assert manifest["bounds"] == gate.BOUNDS["float32"]
@@ -142,11 +144,14 @@ def test_a_bundle_speaks_where_neither_flax_nor_models_can_be_imported(exported,
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)
 
 
-def disturb(place, stage, array):
-    """Changes one array of a stage, and all hashes with it."""
+def disturb(place, stage, array, poison=False):
+    """Changes one array of a stage, or one number of it to NaN, and all hashes with it."""
     file = place / files.PARAMETERS / f"{stage}.safetensors"
     arrays = {name: np.array(values) for name, values in files.read_arrays(file).items()}
-    arrays[array] = np.asarray(1.3 * arrays[array] + 0.2, arrays[array].dtype)
+    if poison:
+        arrays[array].reshape(-1)[-1] = np.nan
+    else:
+        arrays[array] = np.asarray(1.3 * arrays[array] + 0.2, arrays[array].dtype)
     files.write_arrays(file, arrays.items())
     manifest = files.read_manifest(place)
     manifest["files"] = files.describe_files(place)
@@ -174,6 +179,18 @@ def test_the_stage_that_drifts_is_named(exported, tmp_path, stage, array):
     assert report.drift is not None
     assert report.drift.stage == stage
     assert next(check.stage for check in report.checks if not check.passes) == stage
+
+
+@pytest.mark.parametrize("stage", [SPEECH, WAVE, SPEAKER])
+def test_a_parameter_that_is_no_number_is_named(exported, tmp_path, stage):
+    place = tmp_path / "bundle"
+    shutil.copytree(exported[0], place)
+    names = list(files.read_arrays(place / files.PARAMETERS / f"{stage}.safetensors"))
+    disturb(place, stage, names[-1], poison=True)
+    report = selftest(place)
+    assert report.drift is not None
+    assert (report.drift.stage, report.drift.quantity) == (stage, "parameters")
+    assert 0 < report.drift.error < 1
 
 
 def test_a_bundle_is_written_again_from_itself_in_bfloat16(exported, tmp_path):

@@ -7,7 +7,8 @@ clauses end.
 
 --out FILE.wav is written whole at the end. --out - writes raw PCM to standard output frame by frame: 16-bit little-endian,
 mono, 24 kHz; all messages go to standard error. --stream tells of each frame when it is made. Same seed, same samples, however
-they are written.
+they are written. --offline lets the flow see each piece of the text whole, as upstream without streaming: other samples, none
+of them before the piece is drawn.
 
 Modes: zero_shot (the voice's recording and its text lead), cross_lingual (no text leads: any language), instruct (--instruct
 says how), speaker (a fine-tuned speaker's embedding alone), conversion (--source, a recording of up to 30 s, in this voice;
@@ -44,6 +45,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("instruct", "", "Instruction: how to speak.", flag_values=flags)
     define.DEFINE_string("speaker", "", "Speaker's name (multi-speaker models).", flag_values=flags)
     define.DEFINE_string("source", "", "Recording to convert into the voice.", flag_values=flags)
+    text = "Hear each piece of the text whole, after its last token."
+    define.DEFINE_boolean("offline", False, text, flag_values=flags)
     define.DEFINE_integer("seed", 0, "Same seed, same samples.", flag_values=flags)
     define.DEFINE_float("speed", 1.0, "0.5 to 2; 2 is twice as fast.", flag_values=flags)
     define.DEFINE_string("language", "", "Of the text: en, zh, ...; by default detected.", flag_values=flags)

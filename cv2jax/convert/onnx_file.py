@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import pathlib
-import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxtyping import Shaped
 from cv2jax.config import UserError
 from cv2jax.convert.extras import import_official
 from cv2jax.convert.rules import ForeignTensor, Index, Shape
+from cv2jax.files import whole_file
 
 MAX_BYTES = 2**31 - 1  # of a protobuf message
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
@@ -221,19 +221,11 @@ def write_onnx(path: str | os.PathLike[str], model: Any, tensors: Mapping[str, F
     rest = onnx.ModelProto()
     rest.CopyFrom(model)
     rest.ClearField("graph")
-    place = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with place.open("wb") as file:
-            file.write(rest.SerializeToString() + _key(_MODEL_GRAPH) + _encode_varint(size) + graph)
-            for name, tensor in tensors.items():
-                file.write(headers[name])
-                file.write(_values(path, name, tensor))
-        os.replace(place, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); make room or give another place") from error
-    finally:
-        place.unlink(missing_ok=True)
+    with whole_file(path, f"{path}: cannot be written ({{reason}}); make room or give another place") as file:
+        file.write(rest.SerializeToString() + _key(_MODEL_GRAPH) + _encode_varint(size) + graph)
+        for name, tensor in tensors.items():
+            file.write(headers[name])
+            file.write(_values(path, name, tensor))
 
 
 def _values(path: pathlib.Path, name: str, tensor: ForeignTensor) -> memoryview:

@@ -40,6 +40,7 @@ class SynthesizeOptions:
     speaker: str = ""
     source: str = ""  # recording to convert
     seed: int = 0
+    offline: bool = False  # as `Request`
     speed: float = 1.0
     language: str = ""
     normalizer: str | None = None  # as `EngineOptions`
@@ -116,6 +117,7 @@ def make_request(voice: Voice, text: str | Iterable[str], options: SynthesizeOpt
         speaker=options.speaker,
         source=source,
         seed=options.seed,
+        offline=options.offline,
         speed=options.speed,
         min_length=options.min_length,
         max_length=options.max_length,

@@ -5,6 +5,7 @@ hop of one session through flow and vocoder. Which comes first is told by how mu
 is served before who has some. What a session says depends on none of that, nor on the others: it draws with its own keys.
 """
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,11 +17,12 @@ from jaxtyping import Float32, Int32
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.mel_stream import MelStreams, SolvedVoice
+from cv2jax.synthesis.mel_whole import WholeMels
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import Prompt, check_tokens
 from cv2jax.synthesis.request import Request, make_pieces, make_prompt_text
 from cv2jax.synthesis.sampling import SamplingOptions
-from cv2jax.synthesis.session import Piece, Prepared, Result, Session, make_speech_request
+from cv2jax.synthesis.session import Piece, Prepared, Result, Session, StartMel, make_speech_request
 from cv2jax.synthesis.speech_stream import SpeechStreams
 from cv2jax.synthesis.stages import TOKENS_PER_SECOND, Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice, require_voice
@@ -71,6 +73,11 @@ class Engine:
         self._bare: OrderedDict[Voice, SolvedVoice] = OrderedDict()  # without the recording, for mode speaker
         self._max_voices = max_voices
 
+    @functools.cached_property
+    def wholes(self) -> WholeMels:
+        """The flow of requests that are heard offline; UserError where the stage only streams."""
+        return WholeMels(self.stages.mel)
+
     @property
     def num_open(self) -> int:
         """Sessions that have not ended."""
@@ -84,10 +91,11 @@ class Engine:
         """
         begun = time.perf_counter()
         request.check()
-        voice = self.enroll(request.voice, with_recording=request.mode != "speaker")
+        start_mel = self._make_start(request)
+        mels = self.wholes if request.offline else self.mels
         start = time.perf_counter()
-        prepared = self._prepare(request, voice)
-        session = Session(self, prepared, (self.mels, self.waves), self._plan, begun)
+        prepared = self._prepare(request, start_mel)
+        session = Session(self, prepared, (mels, self.waves), self._plan, begun)
         session.seconds["text"] += time.perf_counter() - start
         self._sessions.append(session)
         if request.arriving and request.text:
@@ -98,22 +106,29 @@ class Engine:
         """The voice with its recording solved by the flow; kept for the next requests. UserError where it does not fit."""
         kept = self._voices if with_recording else self._bare
         if voice not in kept:
-            mel = self.stages.mel
-            voice.check()
-            require_voice(
-                voice,
-                speech_tokenizer=mel.speech_tokenizer,
-                speaker_encoder=mel.speaker_encoder,
-                mel=mel.mel_definition,
-            )
-            recording = {"speech_tokens": voice.speech_tokens, "mel": voice.mel} if with_recording else {}
-            key = jax.random.key(voice.seed)
-            prompt = Prompt(speaker_embedding=voice.speaker_embedding, key=key, name=voice.name, **recording)
+            prompt = self._make_prompt(voice, with_recording=with_recording)
             while len(kept) >= self._max_voices:
                 kept.popitem(last=False)
             kept[voice] = self.mels.enroll(prompt)
         kept.move_to_end(voice)
         return kept[voice]
+
+    def _make_prompt(self, voice: Voice, *, with_recording: bool) -> Prompt:
+        mel = self.stages.mel
+        voice.check()
+        facts = {"speech_tokenizer": mel.speech_tokenizer, "speaker_encoder": mel.speaker_encoder}
+        require_voice(voice, mel=mel.mel_definition, **facts)
+        recording = {"speech_tokens": voice.speech_tokens, "mel": voice.mel} if with_recording else {}
+        key = jax.random.key(voice.seed)
+        return Prompt(speaker_embedding=voice.speaker_embedding, key=key, name=voice.name, **recording)
+
+    def _make_start(self, request: Request) -> StartMel:
+        """What opens the flow for each piece of the request."""
+        with_recording = request.mode != "speaker"
+        if request.offline:
+            prompt = self._make_prompt(request.voice, with_recording=with_recording)
+            return functools.partial(self.wholes.start, self.wholes.enroll(prompt))
+        return functools.partial(self.mels.start, self.enroll(request.voice, with_recording=with_recording))
 
     def warm_up(self, voice: Voice, seconds: float = 10.0) -> None:
         """Compiles what requests of this voice, up to so many seconds long, need of flow and vocoder."""
@@ -199,11 +214,11 @@ class Engine:
         _, piece = self._holders.pop(slot)
         piece.slot = None
 
-    def _prepare(self, request: Request, voice: SolvedVoice) -> Prepared:
+    def _prepare(self, request: Request, start_mel: StartMel) -> Prepared:
         if request.mode == "conversion":
             source = self._tokenize(request)
             return Prepared(
-                request=request, voice=voice, prompt_text=_NONE, prompt_speech=_NONE, pieces=[], source=source
+                request=request, start_mel=start_mel, prompt_text=_NONE, prompt_speech=_NONE, pieces=[], source=source
             )
         speech, encode = self.stages.speech, self.tokenizer.encode
         if self._speech is None or speech is None:
@@ -213,7 +228,7 @@ class Engine:
         speaks = request.mode == "zero_shot"
         prepared = Prepared(
             request=request,
-            voice=voice,
+            start_mel=start_mel,
             prompt_text=np.array(encode(prompt), np.int32),
             prompt_speech=np.asarray(request.voice.speech_tokens, np.int32) if speaks else _NONE,
             pieces=[encode(piece) for piece in pieces],

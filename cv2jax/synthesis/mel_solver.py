@@ -8,11 +8,11 @@ from jaxtyping import Float
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_LEFT, ChunkMask
-from cv2jax.synthesis.prompt import MelRequest, key_data, require_finite, require_frames, warn_untrained
+from cv2jax.synthesis.prompt import MelRequest, NonFinite, key_data, require_finite, require_frames, warn_untrained
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, Arrays, MelBatch, MelStage
 
 
-class NotFinite(UserError):
+class NonFiniteMels(NonFinite):
     """Mels that are not finite, each named with the place; `mels` has those of the other requests, None in their place."""
 
     def __init__(self, message: str, mels: list[Float[np.ndarray, "F M"] | None]) -> None:
@@ -38,7 +38,7 @@ class MelSolver:
     def __call__(self, requests: Sequence[MelRequest]) -> list[Float[np.ndarray, "F M"]]:
         """The log-mel of each request, 2 frames a token, without its voice's recording.
 
-        Raises UserError, before anything is solved, for what `MelRequest.check` finds, and `NotFinite`, with all other
+        Raises UserError, before anything is solved, for what `MelRequest.check` finds, and `NonFiniteMels`, with all other
         requests solved, for a mel that is not finite.
         """
         for request in requests:
@@ -61,7 +61,7 @@ class MelSolver:
             except UserError as error:
                 errors.append(str(error))
         if errors:
-            raise NotFinite("; ".join(errors), [mel if np.all(np.isfinite(mel)) else None for mel in mels])
+            raise NonFiniteMels("; ".join(errors), [mel if np.all(np.isfinite(mel)) else None for mel in mels])
         return mels
 
     def _slots(self, length: int) -> int:

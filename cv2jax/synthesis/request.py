@@ -39,6 +39,7 @@ class Request:
       source: what to convert, a waveform at the tokenizer's rate, or `source_tokens`, its speech tokens [L].
       seed: same seed, same draws, alone or beside others. speed: 2 is twice as fast.
       sampling: temperature, top_p, top_k; what is missing is the engine's. min_length, max_length: speech tokens of a piece.
+      offline: the flow hears each piece whole, as upstream's offline synthesis: its first sound comes behind its last token.
       language: code of the text; "": detected. name: what errors call the request.
     """
 
@@ -55,6 +56,7 @@ class Request:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     min_length: int | None = None
     max_length: int | None = None
+    offline: bool = False
     language: str = ""
     name: str = "request"
 

@@ -7,7 +7,7 @@ session whose text is still arriving stops the iteration where it waits for text
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
 from cv2jax.config import UserError
+from cv2jax.nn.chunks import NO_CHUNK
 from cv2jax.synthesis.arriving import ArrivingPieces
-from cv2jax.synthesis.mel_stream import MelStream, MelStreams, SolvedVoice
+from cv2jax.synthesis.mel_stream import MelStream, MelStreams
+from cv2jax.synthesis.mel_whole import WholeMel, WholeMels
 from cv2jax.synthesis.plan import HopPlan, Pace
 from cv2jax.synthesis.prompt import NonFinite
 from cv2jax.synthesis.request import Request
@@ -29,6 +31,8 @@ from cv2jax.text import incremental
 if TYPE_CHECKING:
     from cv2jax.synthesis.engine import Engine
 
+StartMel = Callable[[Key[Array, ""], str], MelStream | WholeMel]  # (key, name of the request) → a piece in its voice
+Streams = tuple[MelStreams | WholeMels, WaveStreams]
 STAGES = ("text", "lm", "flow", "vocoder")
 _FOR_SPEECH, _FOR_MEL, _FOR_WAVE = range(3)  # folded into a request's key: no two stages share draws
 
@@ -110,7 +114,7 @@ class Prepared:
     """A request as its session needs it: the prompts of each stage and all text that is there."""
 
     request: Request
-    voice: SolvedVoice
+    start_mel: StartMel
     prompt_text: Int32[np.ndarray, " T"]
     prompt_speech: Int32[np.ndarray, " P"]
     pieces: list[list[int]]  # text tokens; of arriving text none
@@ -135,7 +139,12 @@ class Session:
     """A request on its way; `Engine.open` makes it. An iterator of `Pcm`."""
 
     def __init__(
-        self, engine: "Engine", prepared: Prepared, streams: tuple[MelStreams, WaveStreams], plan: HopPlan, begun: float
+        self,
+        engine: "Engine",
+        prepared: Prepared,
+        streams: Streams,
+        plan: HopPlan,
+        begun: float,
     ) -> None:
         self._engine, self._prepared, self._begun = engine, prepared, begun
         self.request = request = prepared.request
@@ -147,7 +156,7 @@ class Session:
         self._wave, definition = waves.start(wave_key), waves.stage.mel_definition
         self._rate, per_token = definition.rate_hz, FRAMES_PER_TOKEN * definition.mel_hop
         self._pace = Pace(plan, chunk=self._mels.mask.chunk, hold_back=waves.hold_back / per_token, speed=request.speed)
-        self._mel: MelStream | None = None
+        self._mel: MelStream | WholeMel | None = None
         self._speed = SpeedChanger(request.speed)
         self._frames: deque[Pcm] = deque()
         self._text = ArrivingPieces()
@@ -344,12 +353,13 @@ class Session:
         return self.pieces[self._place] if self._place < len(self.pieces) else None
 
     def _hop_size(self, piece: Piece) -> int:
-        return self._pace.next_hop(self._open_mel(piece).num_to_border())
+        to_border = self._open_mel(piece).num_to_border()
+        return to_border if to_border >= NO_CHUNK else self._pace.next_hop(to_border)
 
-    def _open_mel(self, piece: Piece) -> MelStream:
+    def _open_mel(self, piece: Piece) -> MelStream | WholeMel:
         if self._mel is None:
-            key, voice = jax.random.fold_in(self._mel_key, piece.number), self._prepared.voice
-            self._mel = self._mels.start(voice, key, self.request.name)
+            key = jax.random.fold_in(self._mel_key, piece.number)
+            self._mel = self._prepared.start_mel(key, self.request.name)
         return self._mel
 
     def _hear(self, size: int, ends: bool) -> Float32[np.ndarray, "F M"]:

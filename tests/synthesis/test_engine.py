@@ -8,9 +8,11 @@ import pytest
 
 from cv2jax.audio.mel import MelDefinition
 from cv2jax.config import UserError
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
+from cv2jax.synthesis.mel_solver import MelSolver
 from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.plan import HopPlan
-from cv2jax.synthesis.prompt import Prompt
+from cv2jax.synthesis.prompt import MelRequest, Prompt
 from cv2jax.synthesis.request import Request
 from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechStreams
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
@@ -88,6 +90,38 @@ def test_each_mode_gives_its_tensors_to_each_stage(engine, name):
     assert len(got) == PER_TOKEN * result.num_speech_tokens == result.num_samples
     assert (result.status, result.mode, result.voice) == (result.status, request.mode, "ann")
     assert result.status in ("ok", "hit_limit")
+
+
+def test_an_offline_request_hears_each_piece_whole_behind_its_last_token(engine):
+    request, v = ask(offline=True, seed=5), voice()
+    session = engine.open(request)
+    first = next(session)
+    assert session.pieces[0].is_drawn
+    got = np.concatenate([first.samples, *[frame.samples for frame in session]])
+    of = lambda stage: jax.random.fold_in(jax.random.key(5), stage)  # noqa: E731
+    prompt = Prompt(speaker_embedding=v.speaker_embedding, speech_tokens=v.speech_tokens, mel=v.mel)
+    tokens = np.array(session.pieces[0].tokens, np.int32)
+    asked = MelRequest(voice=prompt, speech_tokens=tokens, key=jax.random.fold_in(of(1), 0))
+    [mel] = MelSolver(stages().mel, ChunkMask(chunk=NO_CHUNK))([asked])
+    np.testing.assert_allclose(got, synthesise(stages().wave, mel, of(2)), rtol=0, atol=1e-4)
+    # Streamed, it has the same tokens and other samples; beside others it says what it says alone.
+    streamed, beside = engine.open(ask(seed=5)), engine.open(request)
+    samples, again = hear(streamed), hear(beside)
+    assert streamed.pieces[0].tokens == tokens.tolist()
+    assert np.abs(samples - got).max() > 1e-3
+    np.testing.assert_allclose(again, got, rtol=0, atol=1e-4)
+
+
+def test_offline_text_may_arrive_and_what_only_streams_refuses_it(engine):
+    session = engine.open(ask(text="", arriving=True, offline=True))
+    session.push_text(TEXT)
+    assert list(session) == []  # the piece is not whole yet
+    session.flush()
+    assert len(hear(session)) == session.result.num_samples == PER_TOKEN * session.result.num_speech_tokens > 0
+    streams = make_engine(stages=dataclasses.replace(stages(), mel=dataclasses.replace(stages().mel, solve=None)))
+    with pytest.raises(UserError, match="only streams"):
+        streams.open(ask(offline=True))
+    assert streams.num_open == 0
 
 
 def test_a_stream_is_bit_for_bit_the_whole_and_a_seed_is_a_seed(engine):

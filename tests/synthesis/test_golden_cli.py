@@ -88,6 +88,11 @@ def test_the_offline_waveform():
     ours = synthesise(stages().wave, solve(NO_CHUNK), KEY)
     np.testing.assert_allclose(ours[: 9 * 24_000], want[: 9 * 24_000], rtol=0, atol=1e-3)
     assert np.abs(ours - want).max() < 2e-3  # the end, where upstream's fp32 phase is off
+    source = golden()["token"][0]
+    request = Request(voice=voice(), mode="conversion", source_tokens=source, offline=True)
+    asked, result = Engine(stages(), tokenizer(), mask=ChunkMask(chunk=5)).speak(request)
+    assert result.status == "ok"
+    np.testing.assert_allclose(asked[: 9 * 24_000], want[: 9 * 24_000], rtol=0, atol=1e-3)
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from cv2jax.models.flow_matching import config as flow_config
 from cv2jax.models.flow_matching.stream import recycle, step_program
 from cv2jax.nn.masks import NO_CHUNK, ChunkMask
 from cv2jax.synthesis import mel_stream as stream_module
-from cv2jax.synthesis.mel_solver import MelSolver, NotFinite
+from cv2jax.synthesis.mel_solver import MelSolver, NonFiniteMels
 from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.prompt import MelRequest, Prompt, check_tokens
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
@@ -290,7 +290,7 @@ def test_a_mel_that_is_not_finite_is_reported_with_its_place():
     given = {"fine": np.zeros(7, np.int32), "req": tokens}
     requests = [MelRequest(voice=voice, speech_tokens=ids, name=name) for name, ids in given.items()]
     message = r"^req: the mel is not finite from frame 0 \(0.00 s, speech token 0\) on"
-    with pytest.raises(NotFinite, match=message) as found:
+    with pytest.raises(NonFiniteMels, match=message) as found:
         MelSolver(stage, FULL, bucket=20)(requests)
     assert "fine" not in str(found.value)
     assert [None if mel is None else mel.shape for mel in found.value.mels] == [(14, 8), None]

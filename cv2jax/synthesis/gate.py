@@ -23,7 +23,7 @@ from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
 from cv2jax.synthesis.bundle_files import GOLDEN, PARAMETERS, read_arrays, write_bytes
 from cv2jax.synthesis.mel_stream import MelStreams
-from cv2jax.synthesis.prompt import Prompt, key_data
+from cv2jax.synthesis.prompt import NonFinite, Prompt, key_data
 from cv2jax.synthesis.stages import LOOKAHEAD, Controls, MelStage, SpeechStage, State, WaveStage
 from cv2jax.synthesis.wave_stream import WaveStreams
 from cv2jax.text.layout import SOS, SPECIAL, TASK, TEXT
@@ -161,10 +161,13 @@ def run_gate(path: str | os.PathLike[str], bundle: Bundle) -> Iterator[Check]:
             share = share_not_finite(read_arrays(file))
             yield Check(stage=name, quantity="parameters", error=share, bound=0.0, seconds=time.perf_counter() - start)
         start = time.perf_counter()
-        found = answer(name, find_stage(bundle, name), bundle.facts.mask, asked)
+        try:
+            found = answer(name, find_stage(bundle, name), bundle.facts.mask, asked)
+        except NonFinite:
+            found = {}
         seconds = time.perf_counter() - start
         for quantity, values in wanted.items():
-            error = relative_error(found[quantity], values)
+            error = relative_error(found[quantity], values) if found else math.inf
             bound = bounds.get(quantity, 0.0)
             yield Check(stage=name, quantity=quantity, error=error, bound=bound, seconds=seconds)
 

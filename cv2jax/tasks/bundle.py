@@ -30,6 +30,7 @@ from cv2jax.synthesis import gate
 from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, PromptMel, load_bundle
 from cv2jax.synthesis.bundle_programs import PLATFORMS
 from cv2jax.synthesis.plan import HopPlan
+from cv2jax.synthesis.prompt import NonFinite
 from cv2jax.synthesis.sampling import RequestSampler
 from cv2jax.synthesis.stages import SpeakerStage, TokenizerStage
 from cv2jax.synthesis.voice import load_voice, require_voice
@@ -280,7 +281,10 @@ def _write_golden(parts: Parts, place: pathlib.Path) -> None:
 def _ask_reference(parts: Parts, name: str) -> tuple[gate.Answer, gate.Answer]:
     stage = reference_stage(parts, name)
     question = gate.make_question(name, stage, parts.text_tokenizer, parts.mask)
-    return question, gate.answer(name, stage, parts.mask, question)
+    try:
+        return question, gate.answer(name, stage, parts.mask, question)
+    except NonFinite as error:
+        raise UserError(f"{name}: the model itself, in float32, does not pass: {error}") from None
 
 
 def reference_stage(parts: Parts, name: str) -> Any:

@@ -181,7 +181,7 @@ def test_the_stage_that_drifts_is_named(exported, tmp_path, stage, array):
     assert next(check.stage for check in report.checks if not check.passes) == stage
 
 
-@pytest.mark.parametrize("stage", [SPEECH, WAVE, SPEAKER])
+@pytest.mark.parametrize("stage", [SPEECH, MEL, WAVE, SPEAKER])
 def test_a_parameter_that_is_no_number_is_named(exported, tmp_path, stage):
     place = tmp_path / "bundle"
     shutil.copytree(exported[0], place)

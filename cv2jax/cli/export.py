@@ -16,7 +16,7 @@ the directory itself. Needs the extra: pip install 'cv2jax[official]'.
 
 --to bundle takes a model directory (see `cv2jax synthesize --help`) and writes what streams speech with jax alone: parameters,
 programs for CPU, CUDA and TPU, text tokenizer, voices (those of the directory, and each --voice), golden answers. Programs are
-of few sizes: up to --slots requests at once, --seconds a piece with the voice's recording. The programs are tried on this
+of few sizes: up to --slots requests (4), --seconds a piece with the voice's recording (60). The programs are tried on this
 machine against the model in float32, and nothing is written where they drift. Programs age with jax: --from_bundle OLD writes
 them again, from a bundle alone. `cv2jax selftest` tries a bundle on another machine.
 
@@ -58,8 +58,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     names = "For official, of normalised kernels: parametrised or weight_g."
     define.DEFINE_string("hift_names", "parametrised", names, flag_values=flags)
     define.DEFINE_list("platforms", "cpu,cuda,tpu", "For bundle: of its programs.", flag_values=flags)
-    define.DEFINE_integer("slots", 4, "For bundle: requests at once.", flag_values=flags)
-    define.DEFINE_float("seconds", 60.0, "For bundle: of a piece, recording included.", flag_values=flags)
+    define.DEFINE_integer("slots", None, "For bundle: requests at once; by default 4.", flag_values=flags)
+    text = "For bundle: of a piece, recording included; by default 60."
+    define.DEFINE_float("seconds", None, text, flag_values=flags)
     define.DEFINE_multi_string("voice", [], "For bundle: a voice's file; may be repeated.", flag_values=flags)
     define.DEFINE_string("from_bundle", "", "For bundle: one to write again, in place of MODEL.", flag_values=flags)
     define.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=flags)

@@ -62,7 +62,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parts:
-    """All stages by name, the text tokenizer, voices by name, and where a bundle's golden answers lie, if it is of one."""
+    """All stages by name, the text tokenizer, voices by name; of a bundle, where its golden answers lie, and its sizes."""
 
     stages: dict[str, Part]
     text_tokenizer: TextTokenizer
@@ -71,6 +71,7 @@ class Parts:
     voices: dict[str, pathlib.Path]
     dtype: str = "float32"  # of the parameters
     golden: pathlib.Path | None = None
+    sizes: dict[str, Any] | None = None
 
 
 def parts_of_model(model: str | os.PathLike[str]) -> Parts:
@@ -182,6 +183,7 @@ def parts_of_bundle(path: str | os.PathLike[str]) -> Parts:
         voices=voices_in(place / VOICES),
         dtype=manifest["dtype"],
         golden=place,
+        sizes=manifest["sizes"],
     )
 
 

@@ -13,13 +13,16 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.jobs import export_bundle as job
 from cv2jax.jobs import selftest as selftest_job
+from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis import bundle_files as files
 from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE
 from cv2jax.synthesis.gate import Check
 from cv2jax.synthesis.voice import load_voice
 from cv2jax.tasks import engine
 from cv2jax.tasks.bundle import BundleReport
+from cv2jax.tasks.bundle_programs import make_sizes
 from cv2jax.tasks.encoders import load_tokenizer
+from tests import small_bundle
 from tests import small_model_directory as small
 from tests.small_model import make_small_model
 from tests.small_model_directory import make_model_directory
@@ -83,6 +86,18 @@ def test_selftest_prints_a_table_and_names_the_first_stage_that_drifts(checks, c
         assert "x: hift_vocoder drifts first (waveform: relative error 5.00e-01, bound 0.001)" in printed.err
     else:
         assert printed.out.splitlines()[-1] == "x: passes in 2.0 s, of which 0.1 s to check all files"
+
+
+def test_a_bundle_that_is_written_again_keeps_its_sizes_where_none_are_asked(monkeypatch):
+    old = dataclasses.replace(make_sizes(ChunkMask(chunk=25), slots=2, seconds=20.0), recordings=(5,))
+    recorded = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(old).items()}
+    monkeypatch.setattr(job, "sizes_for", lambda parts, **asked: make_sizes(ChunkMask(chunk=25), **asked))
+    parts = small_bundle.make_parts()
+    find = lambda sizes, **asked: job._find_sizes(dataclasses.replace(parts, sizes=sizes), job.BundleOptions(**asked))  # noqa: E731
+    assert find(recorded) == old
+    assert find(recorded, slots=3) == dataclasses.replace(old, slot_counts=(1, 3))
+    assert find(recorded, seconds=8.0) == make_sizes(ChunkMask(chunk=25), slots=2, seconds=8.0)
+    assert find(None) == make_sizes(ChunkMask(chunk=25), slots=4, seconds=60.0)
 
 
 def test_an_engine_is_made_of_a_bundle_or_of_a_model_directory(tmp_path):

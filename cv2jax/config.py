@@ -61,6 +61,8 @@ class DataConfig:
     batch_rows: int = 8  # language model: rows of a global batch
     max_segments: int = 64  # language model: at most so many utterances in a row
     speech_tokens: str = ""  # flow: the file that `cv2jax encode` wrote for the corpus
+    speaker_embeddings: str = ""  # flow: the file that `cv2jax embed` wrote for the corpus; "": a stand-in a speaker
+    embedding_of: Literal["utterance", "speaker"] = "utterance"  # flow: each its own, or the mean of its speaker's
     speech_tokenizer: str = ""  # language model: workdir of the run that made its tokens, to read aloud what it says
     num_workers: int = 0  # processes that read and decode; 0 reads in threads of the main process
     num_threads: int = 2  # that read when num_workers is 0
@@ -76,6 +78,10 @@ class DataConfig:
         if not 0 <= self.min_seconds < self.max_seconds:
             raise UserError(
                 f"data.min_seconds={self.min_seconds}: must lie between 0 and data.max_seconds={self.max_seconds}"
+            )
+        if self.embedding_of == "speaker" and not self.speaker_embeddings:
+            raise UserError(
+                "data.embedding_of=speaker: there are no embeddings; give data.speaker_embeddings, a file of `cv2jax embed`"
             )
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,11 +63,13 @@ def make_model_directory(
     return root
 
 
-def add_flow(root: pathlib.Path, speech_tokenizer: str, chunks: tuple[int, ...] = (0, 1, 25, 50)) -> pathlib.Path:
-    """`root` with what a flow's run tells of itself, without a checkpoint."""
+def add_flow(
+    root: pathlib.Path, speech_tokenizer: str, chunks: tuple[int, ...] = (0, 1, 25, 50), **more: Any
+) -> pathlib.Path:
+    """`root` with what a flow's run tells of itself, without a checkpoint; `more` facts."""
     nothing = (-1,) * len(chunks)
     config = FlowMatchingConfig(mask_chunks=chunks, mask_lefts=nothing, mask_prompts=(0,) * len(chunks))
-    facts = {"model": to_dict(config), "speech_tokenizer": speech_tokenizer}
+    facts = {"model": to_dict(config), "speech_tokenizer": speech_tokenizer, **more}
     write_run(root / "flow_matching", "flow_matching", facts)
     return root
 

@@ -109,6 +109,10 @@ def test_format_prints_every_leaf():
         ("data.batch_seconds=0", "data.batch_seconds=0"),
         ("data.min_seconds=40", "data.min_seconds=40"),
         ("data.num_workers=-1", "data.num_workers=-1"),
+        (
+            "data.embedding_of=speaker",
+            "data.embedding_of=speaker: there are no embeddings; give data.speaker_embeddings",
+        ),
         ("optimizer.learning_rate=0", "optimizer.learning_rate=0"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1"),
         ("optimizer.beta1=1", r"optimizer.beta1=1.0: must lie in \[0, 1\)"),

@@ -1,6 +1,7 @@
 """The flow at the released size, trained for the four masks of the paper and one with a bounded left context.
 
-    cv2jax train flow_matching_official --corpus prepared/ --workdir runs/flow_official --set data.speech_tokens=tokens.npz
+    cv2jax train flow_matching_official --corpus prepared/ --workdir runs/flow_official --set data.speech_tokens=tokens.npz \\
+        --set data.speaker_embeddings=embeddings.npz
 
 112.5 million parameters, those of CosyVoice 2's `flow.pt`. Each utterance draws its mask: all, causal, chunks of 1 and of
 2 seconds, and chunks of 1 second that see 4 seconds back and the first 3, as if those were a prompt, for streams of any

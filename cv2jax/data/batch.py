@@ -26,12 +26,18 @@ def num_token_slots(num_samples: int, rate_hz: int) -> int:
 
 
 def batch_spec(
-    bucket: Bucket, *, text: bool = True, speaker: bool = False, speech_tokens: int | None = None, f0: bool = False
+    bucket: Bucket,
+    *,
+    text: bool = True,
+    speaker: bool = False,
+    speech_tokens: int | None = None,
+    f0: bool = False,
+    speaker_embedding: int | None = None,
 ) -> BatchSpec:
     """Shape and dtype of each array in a global batch of the bucket.
 
     `text`, `speaker`, `f0`: whether the loader encodes texts, is given speakers, F0. `speech_tokens`: how many a row has,
-    if any.
+    if any. `speaker_embedding`: its size, if any.
     """
     rows, integer = (bucket.batch_size,), np.dtype(np.int32)
     spec: BatchSpec = {
@@ -46,6 +52,8 @@ def batch_spec(
         spec |= {"speech_tokens": ((*rows, speech_tokens), integer), "num_speech_tokens": (rows, integer)}
     if f0:
         spec |= {"f0": ((*rows, -(-bucket.num_samples // MEL_HOP)), np.dtype(np.float32))}
+    if speaker_embedding is not None:
+        spec |= {"speaker_embedding": ((*rows, speaker_embedding), np.dtype(np.float32))}
     return spec | {"speaker": (rows, integer)} if speaker else spec
 
 
@@ -60,22 +68,26 @@ def collate(
     speakers: Int[np.ndarray, "B"] | None = None,
     speech_tokens: Sequence[Int[np.ndarray, " _"]] | None = None,
     f0: Sequence[Float32[np.ndarray, " _"]] | None = None,
+    speaker_embeddings: Float32[np.ndarray, "B E"] | None = None,
 ) -> Batch:
     """Pads records to the bucket's lengths with zeros: `waveform` int16 [B W], `text_tokens` int32 [B T], their counts.
 
     `utterance` [B] is the row of the split, `row_mask` [B] False where a row only fills the shape. A record without
     text has no tokens; without `encode_text` there are none at all. `speech_tokens` [B L] are those of each record; one
-    that has none is no row. `f0` [B F] is that of each record, in Hz. Raises UserError for a record that does not fit the
-    bucket or has another rate.
+    that has none is no row. `f0` [B F] is that of each record, in Hz, `speaker_embeddings` [B E] the batch's
+    `speaker_embedding`. Raises UserError for a record that does not fit the bucket or has another rate.
     """
     slots = None if speech_tokens is None else num_token_slots(bucket.num_samples, rate_hz)
     has = {"text": encode_text is not None, "speaker": speakers is not None, "f0": f0 is not None}
-    spec = batch_spec(bucket, **has, speech_tokens=slots)
+    size = None if speaker_embeddings is None else speaker_embeddings.shape[1]
+    spec = batch_spec(bucket, **has, speech_tokens=slots, speaker_embedding=size)
     batch = {name: np.zeros((len(records), *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
     batch["utterance"][:] = utterances
     batch["row_mask"][:] = row_mask
     if speakers is not None:
         batch["speaker"][:] = speakers
+    if speaker_embeddings is not None:
+        batch["speaker_embedding"][:] = speaker_embeddings
     for i, record in enumerate(records):
         place = f"utterance {record.id!r} (row {utterances[i]})"
         if record.rate_hz != rate_hz:

@@ -15,6 +15,7 @@ from cv2jax.data.f0 import F0File
 from cv2jax.data.loader import make_evaluation_batches, make_loader
 from cv2jax.data.plan import Plan, make_plan
 from cv2jax.data.shards import Corpus, Split
+from cv2jax.data.speaker_vectors import SpeakerVectors
 from cv2jax.data.subset import SplitSubset, spread_rows
 from cv2jax.data.tokens import SpeechTokenFile
 from cv2jax.parallel.distributed import local_rows
@@ -28,8 +29,9 @@ class CorpusBatches:
 
     Batches hold texts, or with `speech_tokens` those of `config.data.speech_tokens` and speakers: then texts, which are
     not read, leave no utterance out; with `speaker` speakers alone, with `f0` what `cv2jax f0` wrote, and no texts either.
-    `tokens` says what made the tokens. Raises UserError for a corpus, split or file that is not there, where no utterance is
-    left to plan, and for tokens or F0 of another corpus.
+    `embeddings` adds those of `config.data.speaker_embeddings`, where that names a file. `tokens` and `embeddings` say what
+    made theirs. Raises UserError for a corpus, split or file that is not there, where no utterance is left to plan, and for
+    tokens, F0 or embeddings of another corpus.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CorpusBatches:
         speech_tokens: bool = False,
         speaker: bool = False,
         f0: bool = False,
+        embeddings: bool = False,
     ) -> None:
         self._config, self._require_text = config, require_text
         self._speaker = speaker or speech_tokens
@@ -50,6 +53,7 @@ class CorpusBatches:
         self.rate_hz = self.corpus.rate_hz
         self.train, self.held_out = self.corpus.split(data.train_split), self.corpus.split(data.eval_split)
         self.tokens = self._open_tokens() if speech_tokens else None
+        self.embeddings = self._open_embeddings() if embeddings and data.speaker_embeddings else None
         if f0 and self.rate_hz != MEL_RATE_HZ:
             raise UserError(
                 f"data.corpus={data.corpus}: has {self.rate_hz} Hz, the vocoder needs {MEL_RATE_HZ} Hz; run `cv2jax prepare`"
@@ -77,6 +81,19 @@ class CorpusBatches:
                     f" of split {split.name} of {data.corpus}; run `cv2jax encode` on the manifest it was prepared from"
                 )
         return tokens
+
+    def _open_embeddings(self) -> SpeakerVectors:
+        data = self._config.data
+        vectors = SpeakerVectors(data.speaker_embeddings, data.embedding_of)
+        for split in (self.train, self.held_out):
+            some = [split.read(int(row)) for row in spread_rows(len(split), _ROWS_TRIED)]
+            if all(vectors.find(record) is None for record in some):
+                raise UserError(
+                    f"data.speaker_embeddings={data.speaker_embeddings}: has no embedding of {vectors.of}"
+                    f" {vectors.name(some[0])!r} and those of {len(some) - 1} other records of split {split.name} of"
+                    f" {data.corpus}; run `cv2jax embed` on the manifest it was prepared from"
+                )
+        return vectors
 
     def _make_plan(self, split: Split | SplitSubset, num_buckets: int) -> Plan:
         data = self._config.data
@@ -118,7 +135,8 @@ class CorpusBatches:
         for bucket in plan.buckets:
             slots = None if self.tokens is None else num_token_slots(bucket.num_samples, self.rate_hz)
             has = {"text": self._has_text, "speaker": self._speaker, "f0": self.f0 is not None}
-            spec = batch_spec(bucket, **has, speech_tokens=slots)
+            size = None if self.embeddings is None else self.embeddings.dim
+            spec = batch_spec(bucket, **has, speech_tokens=slots, speaker_embedding=size)
             shapes.append({name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()})
         return shapes
 
@@ -137,6 +155,7 @@ class CorpusBatches:
             speaker=self._speaker,
             tokens=self.tokens,
             f0=self.f0,
+            embeddings=self.embeddings,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
             prefetch=data.prefetch,
@@ -147,9 +166,9 @@ class CorpusBatches:
 
     def judged(self, mesh: Mesh, encode_text: EncodeText | None = None) -> Iterator[tuple[int, Batch]]:
         """(rows of the global batch, this process's rows) of every held-out batch."""
-        options = {"rows": self._rows(mesh), "speaker": self._speaker, "tokens": self.tokens}
+        options = {"rows": self._rows(mesh), "speaker": self._speaker, "tokens": self.tokens, "f0": self._judged_f0}
         source = (self._judged, self._judged_plan, encode_text)
-        with make_evaluation_batches(*source, **options, f0=self._judged_f0) as loader:
+        with make_evaluation_batches(*source, **options, embeddings=self.embeddings) as loader:
             for index, batch in loader:
                 yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch
 

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from cv2jax.config import UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate, num_token_slots
@@ -25,13 +26,14 @@ from cv2jax.data.buckets import Bucket
 from cv2jax.data.f0 import F0File
 from cv2jax.data.plan import Plan
 from cv2jax.data.shards import Record
+from cv2jax.data.speaker_vectors import SpeakerVectors
 from cv2jax.data.tokens import SpeechTokenFile
 
 SelectRows = Callable[[int], Any]  # global batch size -> rows of it [B] that this process loads
 _ENDLESS = 1 << 40  # steps of a loader without an end
 # Batches of a worker on their way: in its hands, in its queue, in the hands of the thread that empties it, and ready.
 _HANDED_OVER = 4
-_NAMED_MISSING = 5  # utterances without speech tokens that a process names
+_NAMED_MISSING = 5  # without speech tokens, and without embeddings, that a process names
 
 
 @runtime_checkable
@@ -66,6 +68,7 @@ class _BatchSource:
         speaker: bool,
         tokens: SpeechTokenFile | None,
         f0: F0File | None,
+        embeddings: SpeakerVectors | None,
     ) -> None:
         self._split: Any = split
         self._plan = plan
@@ -74,7 +77,8 @@ class _BatchSource:
         self._speaker = speaker
         self._tokens = tokens
         self._f0 = f0
-        self._named: set[str] = set()  # utterances without speech tokens
+        self._embeddings = embeddings
+        self._named: dict[str, set[str]] = {}  # what is missing → of whom
 
     def _load(
         self, step: int, bucket_id: int, utterances: Int64[np.ndarray, "B"], row_mask: Bool[np.ndarray, "B"]
@@ -83,6 +87,10 @@ class _BatchSource:
             local = np.asarray(self._rows(len(utterances)), np.int64)
             utterances, row_mask = utterances[local], row_mask[local]
         records = [self._read(row) for row in utterances.tolist()]
+        vectors = None
+        if self._embeddings is not None:
+            vectors, has_vector = self._embed(self._embeddings, records)
+            row_mask = row_mask & has_vector
         batch = collate(
             records,
             self._plan.buckets[bucket_id],
@@ -93,6 +101,7 @@ class _BatchSource:
             speakers=np.asarray(self._split.speaker[utterances], np.int32) if self._speaker else None,
             speech_tokens=None if self._tokens is None else [self._find(self._tokens, r.id) for r in records],
             f0=None if self._f0 is None else [self._f0.read(row) for row in utterances.tolist()],
+            speaker_embeddings=vectors,
         )
         return np.array(step, np.int64), batch
 
@@ -101,11 +110,29 @@ class _BatchSource:
             found = tokens.read(identity)
         except KeyError:
             found = np.zeros(0, np.int32)
-        if not len(found) and identity not in self._named and len(self._named) < _NAMED_MISSING:
-            self._named.add(identity)
-            more = "; others like it are not named" if len(self._named) == _NAMED_MISSING else ""
-            logging.warning("utterance %r is left out: %s has no tokens of it%s", identity, tokens.path, more)
+        if not len(found):
+            self._name_missing("tokens", "utterance", identity, tokens.path)
         return found
+
+    def _embed(
+        self, embeddings: SpeakerVectors, records: list[Record]
+    ) -> tuple[Float32[np.ndarray, "B E"], Bool[np.ndarray, "B"]]:
+        """(vector of each record, zeros for one that has none; whether it has one)."""
+        vectors, has = np.zeros((len(records), embeddings.dim), np.float32), np.zeros(len(records), np.bool_)
+        for i, record in enumerate(records):
+            found = embeddings.find(record)
+            if found is None:
+                self._name_missing("embedding", embeddings.of, embeddings.name(record), embeddings.path)
+            else:
+                vectors[i], has[i] = found, True
+        return vectors, has
+
+    def _name_missing(self, what: str, whose: str, name: str, path: pathlib.Path) -> None:
+        named = self._named.setdefault(what, set())
+        if name not in named and len(named) < _NAMED_MISSING:
+            named.add(name)
+            more = "; others like it are not named" if len(named) == _NAMED_MISSING else ""
+            logging.warning("%s %r is left out: %s has no %s of it%s", whose, name, path, what, more)
 
     def _read(self, row: int) -> Record:
         try:
@@ -241,6 +268,7 @@ def make_loader(
     speaker: bool = False,
     tokens: SpeechTokenFile | None = None,
     f0: F0File | None = None,
+    embeddings: SpeakerVectors | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
@@ -248,12 +276,12 @@ def make_loader(
     """Training batches of `num_steps` steps (None: without end) from `start_step` on; same batches for any worker count.
 
     `rows` picks the rows of each global batch that this process loads (None: all). `speaker` adds each row's speaker,
-    `tokens` its speech tokens; one that has none is no row; `f0` its F0. `encode_text` (None: no text), `split` and `rows`
-    must be picklable when there are workers. `prefetch` batches are read ahead (see `Loader`), by `num_threads` threads
-    where there are no workers; what they may take is logged.
+    `tokens` its speech tokens, `embeddings` its `speaker_embedding`: a row that has none is no row; `f0` its F0.
+    `encode_text` (None: no text), `split` and `rows` must be picklable when there are workers. `prefetch` batches are read
+    ahead (see `Loader`), by `num_threads` threads where there are no workers; what they may take is logged.
     """
     steps = _ENDLESS if num_steps is None else num_steps
-    parts = (split, plan, encode_text, rows, speaker, tokens, f0)
+    parts = (split, plan, encode_text, rows, speaker, tokens, f0, embeddings)
     source = _TrainingSource(*parts, start_step=start_step, num_steps=steps)
     loader = Loader(source, start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     size = max(_batch_bytes(bucket, rows, _spec_options(plan, bucket, parts)) for bucket in plan.buckets) / 2**20
@@ -264,9 +292,10 @@ def make_loader(
 
 
 def _spec_options(plan: Plan, bucket: Bucket, parts: tuple[Any, ...]) -> dict[str, Any]:
-    _, _, encode_text, _, speaker, tokens, f0 = parts
+    _, _, encode_text, _, speaker, tokens, f0, embeddings = parts
     slots = None if tokens is None else num_token_slots(bucket.num_samples, plan.rate_hz)
-    return {"text": encode_text is not None, "speaker": speaker, "speech_tokens": slots, "f0": f0 is not None}
+    has = {"text": encode_text is not None, "speaker": speaker, "f0": f0 is not None}
+    return has | {"speech_tokens": slots, "speaker_embedding": None if embeddings is None else embeddings.dim}
 
 
 def _batch_bytes(bucket: Bucket, rows: SelectRows | None, options: dict[str, Any]) -> int:
@@ -283,10 +312,11 @@ def make_evaluation_batches(
     speaker: bool = False,
     tokens: SpeechTokenFile | None = None,
     f0: F0File | None = None,
+    embeddings: SpeakerVectors | None = None,
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
     """Batches that show every planned utterance once, bucket by bucket; rows that only fill a shape are masked out."""
-    source = _EvaluationSource(split, plan, encode_text, rows, speaker, tokens, f0)
+    source = _EvaluationSource(split, plan, encode_text, rows, speaker, tokens, f0, embeddings)
     return Loader(source, 0, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)

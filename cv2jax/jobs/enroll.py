@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -89,6 +90,12 @@ def enroll(
         vectors, encoder = encoders.embed([clip, *more]), encoders.speaker_encoder
         # Source: the official speaker embedding is the mean of raw vectors (spec/frontends.md 2.1).
         embedding, similarities = vectors.mean(axis=0), _similarities(vectors)
+    if encoders.stand_ins:
+        logging.warning(
+            "%s: was trained on stand-ins made of names and knows no embeddings of audio; what it makes of this voice's is"
+            " not the speaker: train a flow with data.speaker_embeddings, a file of `cv2jax embed`",
+            model if is_bundle(model) else pathlib.Path(model, "flow_matching"),
+        )
     tokens, mel = encoders.encode(clip)
     voice = Voice(
         speaker_embedding=embedding,

@@ -54,7 +54,7 @@ from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.voice import load_voice, require_voice, voices_in
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import STAGES, VOICES, has_stage, stage_run
+from cv2jax.tasks.model_directory import STAGES, STAND_IN, VOICES, has_stage, learnt_encoder, stage_run
 from cv2jax.tasks.trained import (
     find_text_tokenizer,
     flow_matching_config,
@@ -227,6 +227,15 @@ def _write_encoders(found: _Model, place: pathlib.Path) -> None:
                 f"{found.runs[stage]}: learnt from tokens of {learnt[:_SHOWN]}, but the speech tokenizer is"
                 f" {ours[:_SHOWN]}; give the run that made its tokens"
             )
+    flow, ours = found.runs["flow_matching"], found.hashes["speaker_encoder"]
+    learnt = learnt_encoder(flow)
+    if learnt == STAND_IN:
+        logging.warning("%s: was trained on stand-ins made of names and knows no embeddings of speaker encoders", flow)
+    elif learnt and ours and learnt != ours:
+        raise UserError(
+            f"{flow}: learnt from embeddings of speaker encoder {learnt[:_SHOWN]}, but the directory's is {ours[:_SHOWN]};"
+            " give the run that made its embeddings"
+        )
 
 
 def _write_vocoder(found: _Model, place: pathlib.Path, mesh: Mesh, names: str) -> int:

@@ -56,7 +56,7 @@ from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, tokeni
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.models.text_speech_lm.model import init_params as init_lm
 from cv2jax.synthesis.voice import SUFFIX, Voice, save_voice
-from cv2jax.tasks.model_directory import VOICES
+from cv2jax.tasks.model_directory import EMBEDDINGS_FACT, VOICES
 from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 from cv2jax.train.checkpoint import save_frugally
 from cv2jax.train.gan_step import GENERATOR
@@ -167,7 +167,8 @@ def _import_models(source: _Official, place: pathlib.Path, hashes: dict[str, str
         source, place, "hift_vocoder", HiftTrainingConfig(generator=hift), facts, params
     )
     params = read_flow(TorchReader(source.directory / FLOW_FILE), _abstract(init_flow, flow))
-    facts = learnt | {"model": _without(dataclasses.asdict(flow), "remat", "scan_layers", "attention")}
+    embedded = {EMBEDDINGS_FACT: {"encoder": hashes["speaker_encoder"]}}
+    facts = learnt | embedded | {"model": _without(dataclasses.asdict(flow), "remat", "scan_layers", "attention")}
     counts["flow_matching"] = _write_run(source, place, "flow_matching", flow, facts, params)
     del params
     params = read_llm(TorchReader(source.directory / LLM_FILE), _abstract(init_lm, lm))

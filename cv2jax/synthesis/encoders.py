@@ -23,6 +23,7 @@ class Encoders:
     Attributes:
       encode: a recording → (speech tokens [P], log-mel [2·P M]). embed: recordings → raw embeddings [N E]; None where there is
         no speaker encoder. speech_tokenizer, speaker_encoder: their hashes. chunks: that the flow was trained to stream in.
+      stand_ins: whether it learnt from stand-ins for embeddings, made of names.
     """
 
     encode: Callable[[AudioClip], Prompt]
@@ -30,6 +31,7 @@ class Encoders:
     speech_tokenizer: str
     speaker_encoder: str
     chunks: tuple[int, ...] = ()
+    stand_ins: bool = False
 
 
 def fit_prompt(tokens: Int32[np.ndarray, " L"], mel: Float32[np.ndarray, "F M"]) -> Prompt:
@@ -65,4 +67,5 @@ def load_bundle_encoders(path: str | os.PathLike[str]) -> Encoders:
         speech_tokenizer=tokenizer.hash,
         speaker_encoder="" if speaker is None else speaker.hash,
         chunks=tuple(mask.chunk for mask in bundle.stages.mel.trained),
+        stand_ins=speaker is not None and bundle.facts.manifest["stand_ins"],
     )

@@ -172,6 +172,7 @@ def _manifest(parts: Parts, sizes: Sizes, dtype: str, platforms: Sequence[str]) 
         "plan": dataclasses.asdict(HopPlan()),
         "normalizer": parts.normalizer,
         "text_tokenizer": parts.text_tokenizer.hash,
+        "stand_ins": parts.stand_ins,
         "sizes": _plain(dataclasses.asdict(sizes)),
         "bounds": gate.BOUNDS[dtype],
         "stages": _stage_facts(parts, sizes),

@@ -28,8 +28,15 @@ from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE
 from cv2jax.synthesis.bundle_files import PARAMETERS, TOKENIZER, VOICES, check_files, read_arrays, read_manifest
 from cv2jax.synthesis.voice import voices_in
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
+from cv2jax.tasks.model_directory import (
+    STAND_IN,
+    has_stage,
+    learnt_encoder,
+    require_same_encoder,
+    require_same_tokenizer,
+    stage_run,
+)
 from cv2jax.tasks.model_directory import VOICES as MODEL_VOICES
-from cv2jax.tasks.model_directory import has_stage, require_same_tokenizer, stage_run
 from cv2jax.tasks.trained import find_text_tokenizer, load_flow, load_params, load_vocoder, text_speech_lm_config
 from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 from cv2jax.train.run import load_run
@@ -72,6 +79,7 @@ class Parts:
     dtype: str = "float32"  # of the parameters
     golden: pathlib.Path | None = None
     sizes: dict[str, Any] | None = None
+    stand_ins: bool = False  # whether the flow learnt from stand-ins for speaker embeddings
 
 
 def parts_of_model(model: str | os.PathLike[str]) -> Parts:
@@ -102,6 +110,7 @@ def parts_of_model(model: str | os.PathLike[str]) -> Parts:
         normalizer=facts.get("normalizer", ""),
         mask=dataclasses.replace(stream_mask(stages[MEL].config), prompt=0),
         voices=voices_in(pathlib.Path(model, MODEL_VOICES)),
+        stand_ins=learnt_encoder(stage_run(model, MEL)) == STAND_IN,
     )
 
 
@@ -115,10 +124,15 @@ def _mel_part(model: str | os.PathLike[str], mesh: Any, encoders: dict[str, Part
     run = stage_run(model, MEL)
     described = load_run(run)
     kept = {"dtype": "float32", "scan_layers": described["config"]["model"]["scan_layers"]}
+    learnt = learnt_encoder(run)
+    encoder = "" if learnt == STAND_IN else learnt
+    if SPEAKER in encoders:
+        encoder = encoders[SPEAKER].facts["hash"]
+        require_same_encoder(model, encoder)
     facts = {
         "mel_definition": FLOW_MEL,
         "speech_tokenizer": described["facts"].get("speech_tokenizer", ""),
-        "speaker_encoder": encoders[SPEAKER].facts["hash"] if SPEAKER in encoders else "",
+        "speaker_encoder": encoder,
     }
     config = from_dict(FlowMatchingConfig, described["facts"]["model"] | kept)
     return Part(config=config, load=lambda: _local(load_flow(run, mesh)[1]), facts=facts)
@@ -184,6 +198,7 @@ def parts_of_bundle(path: str | os.PathLike[str]) -> Parts:
         dtype=manifest["dtype"],
         golden=place,
         sizes=manifest["sizes"],
+        stand_ins=manifest["stand_ins"],
     )
 
 

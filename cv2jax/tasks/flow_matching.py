@@ -22,6 +22,7 @@ from cv2jax.nn.splash import TILE
 from cv2jax.parallel.sharding import computation_dtype, platform
 from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.tasks.heard_flow import HeardFlow
+from cv2jax.tasks.model_directory import EMBEDDINGS_FACT, STAND_IN
 from cv2jax.tasks.trained import load_params
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, init_train_state, restart
@@ -31,12 +32,15 @@ MODEL_CONFIG = FlowMatchingConfig
 
 
 def make_task(config: TrainConfig) -> "FlowMatchingTask":
-    """The task on the corpus and the speech tokens that `config.data` names."""
-    return FlowMatchingTask(config, CorpusBatches(config, require_text=False, speech_tokens=True))
+    """The task on the corpus, the speech tokens and the speaker embeddings that `config.data` names."""
+    return FlowMatchingTask(config, CorpusBatches(config, require_text=False, speech_tokens=True, embeddings=True))
 
 
 class FlowMatchingTask(AudioTask):
-    """Trains and evaluates a `FlowMatching`; each speaker of the corpus has a stand-in embedding made from its name."""
+    """Trains and evaluates a `FlowMatching` on `config.data.speaker_embeddings`.
+
+    Without these, each speaker of the corpus has a stand-in embedding made from its name.
+    """
 
     def __init__(self, config: TrainConfig, data: CorpusBatches) -> None:
         super().__init__(data)
@@ -54,11 +58,16 @@ class FlowMatchingTask(AudioTask):
             model.pop(name)
         tokens = self._data.tokens
         assert tokens is not None
+        speakers: dict[str, Any] = {EMBEDDINGS_FACT: STAND_IN}
+        if (vectors := self._data.embeddings) is not None:
+            said = {"encoder": vectors.encoder, "of": vectors.of}
+            speakers = {EMBEDDINGS_FACT: said, "speaker_embeddings_hash": vectors.hash}
         return {
             "corpus_hash": self._data.corpus.hash,
             "plan_hash": self._data.plan.hash,
             "tokens_hash": tokens.hash,
             "speech_tokenizer": tokens.tokenizer,
+            **speakers,
             "model": model,
         }
 
@@ -88,8 +97,11 @@ class FlowMatchingTask(AudioTask):
         num_speech = jnp.where(batch["row_mask"], batch["num_speech_tokens"], 0)
         arguments = (batch["waveform"], batch["num_samples"], num_speech, self._data.rate_hz, tokens.shape[1])
         mel, num_tokens = mel_features(*arguments)
-        numbers = jnp.asarray(self._speaker_numbers)[batch["speaker"]]
-        embedding = stand_in_embedding(numbers, self.model_config.speaker_dim)
+        if self._data.embeddings is not None:
+            embedding = batch["speaker_embedding"]
+        else:
+            numbers = jnp.asarray(self._speaker_numbers)[batch["speaker"]]
+            embedding = stand_in_embedding(numbers, self.model_config.speaker_dim)
         return {"speech_tokens": tokens, "num_tokens": num_tokens, "mel": mel, "speaker_embedding": embedding}
 
     def make_step(self) -> StepFunction:
@@ -140,6 +152,11 @@ def _fit(config: TrainConfig, data: CorpusBatches) -> FlowMatchingConfig:
         raise UserError(
             f"data.speech_tokens={config.data.speech_tokens}: has tokens up to {tokens.num_codes - 1}, and"
             f" model.num_speech_tokens={model.num_speech_tokens}; set that to the size of the tokenizer's codebook"
+        )
+    if (vectors := data.embeddings) is not None and vectors.dim != model.speaker_dim:
+        raise UserError(
+            f"data.speaker_embeddings={config.data.speaker_embeddings}: has embeddings of {vectors.dim}, and"
+            f" model.speaker_dim={model.speaker_dim}; set that to {vectors.dim}"
         )
     _require_masks(model, data)
     fitted = dataclasses.replace(model, dtype=computation_dtype(config.compute_dtype))

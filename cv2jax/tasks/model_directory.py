@@ -18,6 +18,8 @@ STAGES = ("speech_tokenizer", "speaker_encoder", "text_speech_lm", "flow_matchin
 VOICES = "voices"
 # Stages that learn from speech tokens name what made these in their facts.
 _LEARN_TOKENS = ("text_speech_lm", "flow_matching")
+# The flow names what made its speaker embeddings: {"encoder": hash, "of": utterance or speaker}, or STAND_IN.
+EMBEDDINGS_FACT, STAND_IN = "speaker_embeddings", "stand-in"
 _SHOWN = 12  # digits of a hash
 
 
@@ -85,3 +87,28 @@ def require_same_tokenizer(model: str | os.PathLike[str], speech_tokenizer: str)
                 f"{run}: learnt from tokens of {theirs[:_SHOWN]}, but the speech tokenizer is {speech_tokenizer[:_SHOWN]};"
                 f" put the run that made its tokens at {pathlib.Path(model, 'speech_tokenizer')}"
             )
+
+
+def learnt_encoder(run: str | os.PathLike[str]) -> str:
+    """Hash of the speaker encoder on whose embeddings a flow's run was trained, STAND_IN for none, "" where it is not known."""
+    facts: dict[str, Any] = load_run(pathlib.Path(run))["facts"]
+    # A run of before there was a choice has a corpus and no such fact; an imported one has neither.
+    learnt = facts.get(EMBEDDINGS_FACT, STAND_IN if "corpus_hash" in facts else "")
+    return str(learnt.get("encoder", "")) if isinstance(learnt, dict) else str(learnt)
+
+
+def require_same_encoder(model: str | os.PathLike[str], speaker_encoder: str) -> None:
+    """Raises UserError where the flow of a model directory learnt from embeddings of another speaker encoder than this hash.
+
+    A flow that learnt from stand-ins, one that does not say, and none at all are fine.
+    """
+    if not has_stage(model, "flow_matching"):
+        return
+    run = stage_run(model, "flow_matching")
+    theirs = learnt_encoder(run)
+    if theirs not in ("", STAND_IN, speaker_encoder):
+        place = pathlib.Path(model, "speaker_encoder")
+        raise UserError(
+            f"{run}: learnt from embeddings of speaker encoder {theirs[:_SHOWN]}, but {place} is {speaker_encoder[:_SHOWN]};"
+            " put the run that made its embeddings there, or train a flow on those that `cv2jax embed` makes with this one"
+        )

@@ -8,7 +8,14 @@ from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
 from cv2jax.synthesis.encoders import Encoders
 from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import has_stage, require_same_tokenizer, stage_run
+from cv2jax.tasks.model_directory import (
+    STAND_IN,
+    has_stage,
+    learnt_encoder,
+    require_same_encoder,
+    require_same_tokenizer,
+    stage_run,
+)
 from cv2jax.train.run import load_run
 
 LONGEST_SECONDS = float(PIECE_SECONDS[-1])  # of a recording to be embedded
@@ -26,11 +33,15 @@ def load_encoders(model: str | os.PathLike[str], *, with_speaker: bool) -> Encod
     tokenizer = load_tokenizer(stage_run(model, "speech_tokenizer"))
     require_same_tokenizer(model, tokenizer.hash)
     speaker = load_speaker_encoder(stage_run(model, "speaker_encoder")) if with_speaker else None
+    if speaker is not None:
+        require_same_encoder(model, speaker.hash)
+    has_both = has_stage(model, "flow_matching") and has_stage(model, "speaker_encoder")
     return Encoders(
         encode=functools.partial(encode_recording, tokenizer),
         embed=None if speaker is None else functools.partial(embed_recordings, speaker),
         speech_tokenizer=tokenizer.hash,
         speaker_encoder="" if speaker is None else speaker.hash,
+        stand_ins=has_both and learnt_encoder(stage_run(model, "flow_matching")) == STAND_IN,
     )
 
 
@@ -43,8 +54,13 @@ def trained_chunks(model: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def speaker_hash(model: str | os.PathLike[str]) -> tuple[str, str]:
-    """(hash of a model directory's speaker encoder, where it lies); ("", "") where it has none."""
+    """(hash of a model directory's speaker encoder, where it lies); ("", "") where it has none.
+
+    Raises UserError where its flow learnt from another's embeddings.
+    """
     if not has_stage(model, "speaker_encoder"):
         return "", ""
     run = stage_run(model, "speaker_encoder")
-    return load_speaker_encoder(run).hash, str(run)
+    found = load_speaker_encoder(run).hash
+    require_same_encoder(model, found)
+    return found, str(run)

@@ -23,7 +23,7 @@ from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.sampling import make_request_sampler
 from cv2jax.synthesis.stages import MelStage, SpeechStage, Stages, TokenizerStage
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import has_stage, stage_run
+from cv2jax.tasks.model_directory import STAND_IN, has_stage, learnt_encoder, require_same_encoder, stage_run
 from cv2jax.tasks.stages import make_mel_stage, make_speech_stage, make_wave_stage
 from cv2jax.tasks.trained import find_text_tokenizer, load_flow, load_params, load_vocoder, text_speech_lm_config
 from cv2jax.text.tokenizer import TextTokenizer
@@ -75,10 +75,12 @@ def _load_speech(
 
 def _load_mel(model: str | os.PathLike[str], mesh: Any) -> tuple[MelStage, FlowMatchingConfig]:
     run = stage_run(model, "flow_matching")
-    config, params = load_flow(run, mesh)
-    encoder = ""
+    learnt = learnt_encoder(run)
+    encoder = "" if learnt == STAND_IN else learnt
     if has_stage(model, "speaker_encoder"):
         encoder = load_speaker_encoder(stage_run(model, "speaker_encoder")).hash
+        require_same_encoder(model, encoder)
+    config, params = load_flow(run, mesh)
     facts = {"speech_tokenizer": load_run(run)["facts"].get("speech_tokenizer", ""), "speaker_encoder": encoder}
     return make_mel_stage(config, _on_one_device(params), mel_definition=FLOW_MEL, **facts), config
 

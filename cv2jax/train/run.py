@@ -25,6 +25,7 @@ FREE_KEYS = (
     "model.attention",
     "model.loss_chunk",
     "data.speech_tokens:",
+    "data.speaker_embeddings:",
     "data.corpus:",  # the corpus is compared by its hash, not by where it lies
     "data.speech_tokenizer",  # only evaluations read with it
     "init_from",  # a resumed run starts from its own checkpoint
@@ -32,6 +33,10 @@ FREE_KEYS = (
     "data.num_threads",
     "data.prefetch",
 )
+
+
+# What facts were before they had a name, for runs of then.
+FORMER_FACTS = {"speaker_embeddings": "stand-in"}
 
 
 def save_or_compare(
@@ -51,7 +56,8 @@ def save_or_compare(
         except (TypeError, UserError):  # of another release, or not whole: every difference shows
             known = theirs["config"]
         lines = [line for line in differences(known, mine["config"]) if not line.startswith(FREE_KEYS)]
-        lines += differences(theirs["facts"], mine["facts"], "data: ")
+        former = {name: value for name, value in FORMER_FACTS.items() if name in mine["facts"]}
+        lines += differences(former | theirs["facts"], mine["facts"], "data: ")
         if lines:
             shown = "; ".join(_short(line) for line in lines[:6]) + (
                 f"; and {len(lines) - 6} more" if len(lines) > 6 else ""

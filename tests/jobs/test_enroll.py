@@ -176,6 +176,46 @@ def test_a_speaker_without_a_recording(model, encoder, tmp_path, capfd, loaded_o
     )
 
 
+def linked(model, root, tokenizer, **facts):
+    """The encoders of a model directory beside a flow with such facts."""
+    root.mkdir()
+    for stage in ("speech_tokenizer", "speaker_encoder"):
+        (root / stage).symlink_to(model / stage)
+    return add_flow(root, tokenizer.hash, **facts)
+
+
+def test_a_flow_that_learnt_from_another_encoder_is_refused(model, tokenizer, encoder, tmp_path, capfd, loaded_once):
+    other = linked(model, tmp_path / "m", tokenizer, speaker_embeddings={"encoder": "d" * 64, "of": "utterance"})
+    audio, out, table = write(tmp_path / "a.wav", make_speech(2)), tmp_path / "v.safetensors", tmp_path / "e.npz"
+    vectors = np.ones((1, encoder.config.embedding_dim), np.float32)
+    save_embeddings(table, ["u"], ["ann"], vectors, {"encoder": encoder.hash})
+    said = (
+        f"{other}/flow_matching: learnt from embeddings of speaker encoder {'d' * 12}, but {other}/speaker_encoder is"
+    )
+    for words in ([audio], [f"--speaker_embedding={table}:ann"], [audio, f"--speaker_embedding={table}:ann"]):
+        line = refused(capfd, *words, "--model", other, "--out", out)
+        assert f"{said} {encoder.hash[:12]}; put the run that made its embeddings there, or train a flow" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("trained_on", ["stand-in", "embeddings", "not known"])
+def test_a_flow_that_knows_no_embeddings_is_told(
+    model, tokenizer, encoder, tmp_path, caplog, loaded_once, monkeypatch, trained_on
+):
+    learnt = {"stand-in": "stand-in", "embeddings": {"encoder": encoder.hash, "of": "speaker"}}.get(trained_on)
+    facts = {"speaker_embeddings": learnt} if learnt else {}
+    directory = linked(model, tmp_path / "m", tokenizer, **facts)
+    with caplog.at_level(logging.WARNING):
+        enroll(directory, write(tmp_path / "a.wav", make_speech(2)), tmp_path / "v.safetensors")
+    told = [line for line in caplog.messages if "stand-ins" in line]
+    assert len(told) == (trained_on == "stand-in")
+    for line in told:
+        assert line.startswith(
+            f"{directory}/flow_matching: was trained on stand-ins made of names and knows no embedding"
+        )
+        assert "\n" not in line
+
+
 @pytest.mark.parametrize(
     ("waveform", "message"),
     [

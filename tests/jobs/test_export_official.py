@@ -348,6 +348,8 @@ BAD = [
      "its hash .* differs from 000"),
     (lambda m: spoil_facts(m, "text_speech_lm", lambda r: r["facts"].update(speech_tokenizer="1" * 64)),
      "text_speech_lm: learnt from tokens of 111111111111, but the speech tokenizer is"),
+    (lambda m: spoil_facts(m, "flow_matching", lambda r: r["facts"].update(speaker_embeddings={"encoder": "2" * 64})),
+     "flow_matching: learnt from embeddings of speaker encoder 222222222222, but the directory's is"),
     (lambda m: (m / "official.json").write_text("{}"), r"official\.json: is damaged"),
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from cv2jax.parallel.sharding import abstract_state
 from cv2jax.synthesis.voice import load_voice
 from cv2jax.tasks import make_task
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import require_same_tokenizer, stage_run
+from cv2jax.tasks.model_directory import learnt_encoder, require_same_tokenizer, stage_run
 from cv2jax.tasks.trained import load_flow, load_vocoder
 from cv2jax.text.tokenizer import load_text_tokenizer
 from cv2jax.train.gan_step import GENERATOR
@@ -259,6 +259,7 @@ def test_known_graphs_become_runs(other):
     for stage in ("text_speech_lm", "flow_matching"):
         assert json.loads((model / stage / "run.json").read_text())["facts"]["speech_tokenizer"] == tokenizer.hash
     encoder = load_speaker_encoder(stage_run(model, "speaker_encoder"))
+    assert learnt_encoder(model / "flow_matching") == encoder.hash
     assert (encoder.config.embedding_dim, encoder.config.growth, encoder.step) == (8, ENCODER.growth, 0)
     assert not {"campplus.onnx", "speech_tokenizer_v2.onnx"} & set(load_kept(model).names)
 

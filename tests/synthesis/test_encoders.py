@@ -20,7 +20,8 @@ def make_bundle(**changes):
         "mel": SimpleNamespace(trained=(ChunkMask(chunk=25), ChunkMask(chunk=50))),
     } | changes
     prompt_mel = parts.pop("prompt_mel")
-    return SimpleNamespace(stages=SimpleNamespace(**parts), prompt_mel=prompt_mel)
+    facts = SimpleNamespace(manifest={"stand_ins": True})
+    return SimpleNamespace(stages=SimpleNamespace(**parts), prompt_mel=prompt_mel, facts=facts)
 
 
 def make_clip(waveform, rate_hz):
@@ -51,7 +52,7 @@ def test_each_encoder_of_a_bundle_hears_at_its_own_rate(monkeypatch):
     vectors = found.embed([clip, make_clip(np.zeros(8_000), 16_000)])
     np.testing.assert_allclose(vectors, [[0.25, 16_000], [0, 8_000]], rtol=1e-3, atol=1e-6)
     assert (found.speech_tokenizer, found.speaker_encoder) == ("tok", "spk")
-    assert found.chunks == (25, 50)
+    assert (found.chunks, found.stand_ins) == ((25, 50), True)
 
 
 def test_a_bundle_without_encoders_says_so(monkeypatch):

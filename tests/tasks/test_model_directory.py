@@ -5,7 +5,15 @@ import json
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.tasks.model_directory import STAGES, find_voice, has_stage, require_same_tokenizer, stage_run
+from cv2jax.tasks.model_directory import (
+    STAGES,
+    find_voice,
+    has_stage,
+    learnt_encoder,
+    require_same_encoder,
+    require_same_tokenizer,
+    stage_run,
+)
 
 
 def make_run(path, task, **facts):
@@ -80,3 +88,27 @@ def test_stages_that_learnt_from_other_tokens_are_refused(tmp_path):
         UserError, match=r"flow_matching: learnt from tokens of a{12}, but the speech tokenizer is b{12}; put"
     ):
         require_same_tokenizer(tmp_path, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    ("facts", "learnt"),
+    [
+        ({"speaker_embeddings": {"encoder": "a" * 64, "of": "speaker"}}, "a" * 64),
+        ({"speaker_embeddings": "stand-in", "corpus_hash": "c"}, "stand-in"),
+        ({"corpus_hash": "c"}, "stand-in"),  # of before there was a choice
+        ({}, ""),  # imported before it was noted
+    ],
+)
+def test_a_flow_that_learnt_from_another_encoder_is_refused(tmp_path, facts, learnt):
+    require_same_encoder(tmp_path, "b" * 64)  # has no flow
+    run = make_run(tmp_path / "flow_matching", "flow_matching", **facts)
+    assert learnt_encoder(run) == learnt
+    require_same_encoder(tmp_path, "a" * 64)
+    if len(learnt) != 64:
+        require_same_encoder(tmp_path, "b" * 64)
+        return
+    with pytest.raises(
+        UserError,
+        match=r"flow_matching: learnt from embeddings of speaker encoder a{12}, but .*/speaker_encoder is b{12}; put",
+    ):
+        require_same_encoder(tmp_path, "b" * 64)

@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8; platform_system != 'Windows'",
+        "flatbuffers>=24.3",  # `jax.export` writes and reads programs with it
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",  # no ceiling: 0.11 works too and needs Python 3.12

@@ -26,15 +26,15 @@ from tests.small_vocoder_run import SMALL_VOCODER
 TOKENIZER = "abc"
 
 
-def make_small_model(root: pathlib.Path) -> pathlib.Path:
+def make_small_model(root: pathlib.Path, speech_tokenizer: str = TOKENIZER) -> pathlib.Path:
     """`root` with all that a text needs, and the voice `ann`, whose recording has 30 tokens."""
-    corpus = make_small_token_corpus(root.with_name(f"{root.name}-corpus"), speech_tokenizer=TOKENIZER)
+    corpus = make_small_token_corpus(root.with_name(f"{root.name}-corpus"), speech_tokenizer=speech_tokenizer)
     make_run(root / "text_speech_lm", corpus)
     flow = override(load_config("flow_matching_tiny"), [*SMALL_FLOW, "optimizer.ema_decay=0.0"])
     optimizer = make_optimizer(flow.optimizer, flow.num_steps)
     shapes = jax.eval_shape(lambda key: init_train_state(init_flow(flow.model, key), {}, optimizer), jax.random.key(0))
     model = dataclasses.asdict(dataclasses.replace(flow.model, dtype="float32"))
-    facts = {"speech_tokenizer": TOKENIZER}
+    facts = {"speech_tokenizer": speech_tokenizer}
     facts["model"] = {k: v for k, v in model.items() if k not in ("remat", "scan_layers", "attention")}
     _save(root / "flow_matching", flow, shapes, facts, 0.1)
     vocoder = override(load_config("hift_vocoder_tiny"), [*SMALL_VOCODER, "optimizer.ema_decay=0.0"])
@@ -43,11 +43,11 @@ def make_small_model(root: pathlib.Path) -> pathlib.Path:
     init = lambda key: init_gan_state(init_vocoder(generator, key), {}, optimizer, optimizer)  # noqa: E731
     facts = {"model": dataclasses.asdict(generator), "mel": dataclasses.asdict(FLOW_MEL)}
     _save(root / "hift_vocoder", vocoder, jax.eval_shape(init, jax.random.key(0)), facts, 0.05)
-    save_voice(root / "voices" / "ann.safetensors", make_small_voice())
+    save_voice(root / "voices" / "ann.safetensors", make_small_voice(speech_tokenizer=speech_tokenizer))
     return root
 
 
-def make_small_voice(num_tokens: int = 30) -> Voice:
+def make_small_voice(num_tokens: int = 30, speech_tokenizer: str = TOKENIZER) -> Voice:
     rng = np.random.default_rng(num_tokens)
     return Voice(
         speaker_embedding=rng.normal(size=8).astype(np.float32),
@@ -55,7 +55,7 @@ def make_small_voice(num_tokens: int = 30) -> Voice:
         mel=rng.normal(size=(2 * num_tokens, 80)).astype(np.float32),
         text="one two" if num_tokens else "",
         name="ann",
-        speech_tokenizer=TOKENIZER,
+        speech_tokenizer=speech_tokenizer,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cv2jax.config import to_dict
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.model import init_model_state
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params
@@ -51,12 +52,14 @@ def write_run(workdir: pathlib.Path, task: str, facts: dict, variables: tuple | 
     return workdir
 
 
-def make_model_directory(root: pathlib.Path) -> pathlib.Path:
+def make_model_directory(
+    root: pathlib.Path, tokenizer: SpeechTokenizerConfig = TOKENIZER, encoder: SpeakerEncoderConfig = ENCODER
+) -> pathlib.Path:
     """`root` with a speech tokenizer and a speaker encoder."""
-    write_run(root / "speech_tokenizer", "speech_tokenizer", {"model": to_dict(TOKENIZER)}, init_tokenizer(TOKENIZER))
-    tree = random_tree(ENCODER)
+    write_run(root / "speech_tokenizer", "speech_tokenizer", {"model": to_dict(tokenizer)}, init_tokenizer(tokenizer))
+    tree = random_tree(encoder)
     variables = {"encoder": tree["encoder"]}, {"norms": tree["norms"], "num_batches": tree["num_batches"]}
-    write_run(root / "speaker_encoder", "speaker_encoder", {"model": to_dict(ENCODER)}, variables)
+    write_run(root / "speaker_encoder", "speaker_encoder", {"model": to_dict(encoder)}, variables)
     return root
 
 

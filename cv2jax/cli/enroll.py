@@ -1,8 +1,9 @@
 """Make a voice of a recording: one file that zero-shot, cross-lingual, instruct and conversion take.
 
 AUDIO is a few seconds of one speaker (3 to 10 are best, 30 at most). MODEL is a model directory: one run a stage, named by
-its task, or links to runs; this verb needs its speech_tokenizer/ and speaker_encoder/. --text is what the recording says:
-zero-shot needs it, exactly; cross-lingual, instruct and conversion do not.
+its task, or links to runs; this verb needs its speech_tokenizer/ and speaker_encoder/. A bundle
+made of one will do too. --text is what the recording says: zero-shot needs it, exactly; cross-lingual, instruct and conversion
+do not.
 
 The clip is checked first: length, silence, noise, clipping, words cut off at either end, level, rate, and whether the text
 can be of it. What will not do is refused (exit code 2), the rest is told and kept in the voice. --trim cuts silence before
@@ -26,7 +27,7 @@ USAGE = "[AUDIO] --model MODEL --out VOICE.safetensors [--text WORDS] [flags]"
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """Declares this verb's flags."""
     define = absl_flags
-    define.DEFINE_string("model", None, "Model directory.", flag_values=flags)
+    define.DEFINE_string("model", None, "Model directory or bundle.", flag_values=flags)
     define.DEFINE_string("out", None, "File for the voice, .safetensors.", flag_values=flags)
     define.DEFINE_string("text", None, "What the recording says.", flag_values=flags)
     define.DEFINE_string("language", "", "Language of the recording: en, cmn, ja, ko, ...", flag_values=flags)

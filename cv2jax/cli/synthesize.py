@@ -1,10 +1,10 @@
 """Speak a text in a voice, to a file or to a pipe while it is made.
 
-MODEL is a model directory: text_speech_lm/, flow_matching/ and hift_vocoder/, each a run or a link to one, and voices/. VOICE
-is a name there or a file of `cv2jax enroll`. TEXT "-" reads standard input: with --stream line by line as it comes, each
-spoken as soon as its words allow and heard to its end before the next one is waited for; else all of it first. So with --stream
-a line is an utterance: give a sentence or a paragraph on each, and text that is wrapped without --stream. A long text is split
-where clauses end.
+MODEL is a bundle (`cv2jax export --to bundle`), or a model directory: text_speech_lm/, flow_matching/ and hift_vocoder/, each
+a run or a link to one, and voices/. VOICE is a name there or a file of `cv2jax enroll`. TEXT "-" reads standard input: with
+--stream line by line as it comes, each spoken as soon as its words allow and heard to its end before the next is waited for;
+else all of it first. So with --stream a line is an utterance: give a sentence or a paragraph on each, and text that is wrapped
+without --stream. A long text is split where clauses end.
 
 --out FILE.wav is written whole at the end. --out - writes raw PCM to standard output frame by frame: 16-bit little-endian,
 mono, at the model's rate (24 kHz); all messages go to standard error. --stream tells of each frame when it is made. Same seed,
@@ -38,7 +38,7 @@ USAGE = "TEXT --model MODEL --voice VOICE --out FILE.wav|- [flags]"
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """Declares this verb's flags."""
     define = absl_flags
-    define.DEFINE_string("model", None, "Model directory.", flag_values=flags)
+    define.DEFINE_string("model", None, "Model directory or bundle.", flag_values=flags)
     define.DEFINE_string("voice", None, "Name of a voice of the model, or its file.", flag_values=flags)
     define.DEFINE_string("out", None, "File, .wav; or - for raw PCM to standard output.", flag_values=flags)
     define.DEFINE_boolean("stream", False, "Read text as it comes, tell of frames as they are made.", flag_values=flags)

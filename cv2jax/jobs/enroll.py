@@ -1,8 +1,11 @@
 """`cv2jax enroll`: a recording, checked and trimmed, to a voice: tokens, mel and embedding in one file for every mode."""
 
 import dataclasses
+import functools
 import hashlib
 import os
+import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
@@ -11,28 +14,16 @@ from jaxtyping import Float, Float32
 from cv2jax.audio.io import AudioClip, read_audio
 from cv2jax.audio.mel import FLOW_MEL
 from cv2jax.audio.tar import read_tar_member, split_tar_source
-from cv2jax.config import UserError, from_dict
+from cv2jax.config import UserError
 from cv2jax.data.embeddings import SUFFIX as EMBEDDINGS
 from cv2jax.data.embeddings import EmbeddingFile
-from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
-from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
-from cv2jax.nn.chunks import NO_CHUNK
+from cv2jax.synthesis.bundle_files import is_bundle
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
-from cv2jax.synthesis.stages import TOKENS_PER_SECOND
+from cv2jax.synthesis.encoders import Encoders, load_bundle_encoders
+from cv2jax.synthesis.stages import LOOKAHEAD, TOKENS_PER_SECOND
 from cv2jax.synthesis.trim import best_lengths, num_fed_again, plan_cut
 from cv2jax.synthesis.voice import Voice, check_voice_path, save_voice
-from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.model_directory import (
-    STAND_IN,
-    has_stage,
-    learnt_encoder,
-    require_same_encoder,
-    require_same_tokenizer,
-    stage_run,
-)
 from cv2jax.text.tags import END_OF_PROMPT, check_tags
-from cv2jax.train.run import load_run
 
 _SHOWN = 12  # digits of a hash
 
@@ -83,25 +74,26 @@ def enroll(
         save_voice(out, voice)
         return EnrollResult(voice=voice)
     assert model is not None
-    runs = [stage_run(model, "speech_tokenizer")]  # all that is missing shows before anything is loaded
-    if not options.speaker_embedding:
-        runs.append(stage_run(model, "speaker_encoder"))
-    chunk = _find_chunk(model, options.chunk)
+    with_speaker = not options.speaker_embedding
+    streams, longest, load = _open_encoders(model, with_speaker)
+    chunk = streams if options.chunk is None else options.chunk
     clip, findings, cut_start, cut_end = _prepare(audio, options, chunk)
-    more = [_load(path, float(PIECE_SECONDS[-1]))[0] for path in options.embedding_from]
-    tokenizer = load_tokenizer(runs[0])
-    require_same_tokenizer(model, tokenizer.hash)
-    if options.speaker_embedding:
+    more = [_load(path, longest)[0] for path in options.embedding_from]
+    encoders = load()
+    if encoders.embed is None or not with_speaker:
         embedding, encoder = _read_embedding(model, options.speaker_embedding)
         similarities: tuple[float, ...] = ()
     else:
-        loaded = load_speaker_encoder(runs[1])
-        require_same_encoder(model, loaded.hash)
-        vectors, encoder = embed_recordings(loaded, [clip, *more]), loaded.hash
+        vectors, encoder = encoders.embed([clip, *more]), encoders.speaker_encoder
         # Source: the official speaker embedding is the mean of raw vectors (spec/frontends.md 2.1).
         embedding, similarities = vectors.mean(axis=0), _similarities(vectors)
-    _warn_of_stand_ins(model)
-    tokens, mel = encode_recording(tokenizer, clip)
+    if encoders.stand_ins:
+        logging.warning(
+            "%s: was trained on stand-ins made of names and knows no embeddings of audio; what it makes of this voice's is"
+            " not the speaker: train a flow with data.speaker_embeddings, a file of `cv2jax embed`",
+            model if is_bundle(model) else pathlib.Path(model, "flow_matching"),
+        )
+    tokens, mel = encoders.encode(clip)
     voice = Voice(
         speaker_embedding=embedding,
         speech_tokens=tokens,
@@ -110,7 +102,7 @@ def enroll(
         language=options.language,
         name=name,
         seed=options.seed,
-        speech_tokenizer=tokenizer.hash,
+        speech_tokenizer=encoders.speech_tokenizer,
         speaker_encoder=encoder,
         audio_sha256=_sha256(audio),
         warnings=tuple(finding.message for finding in findings),
@@ -125,6 +117,31 @@ def enroll(
         num_fed_again=num_fed_again(len(tokens), chunk, LOOKAHEAD) if chunk else 0,
         similarities=similarities,
     )
+
+
+def _open_encoders(
+    model: str | os.PathLike[str], with_speaker: bool
+) -> tuple[int | None, float, Callable[[], Encoders]]:
+    """(chunk that the flow streams in, seconds of a recording at most, what loads the encoders); what is missing shows here."""
+    if is_bundle(model):
+        encoders = load_bundle_encoders(model)
+        if with_speaker and encoders.embed is None:
+            raise UserError(f"{model}: the bundle has no speaker encoder; give --speaker_embedding FILE.npz:ID")
+        return encoders.chunk, MAX_SECONDS, lambda: encoders
+    from cv2jax.tasks import model_encoders  # flax and Orbax, which a bundle does without
+
+    model_encoders.require_encoders(model, with_speaker=with_speaker)
+    load = functools.partial(model_encoders.load_encoders, model, with_speaker=with_speaker)
+    return model_encoders.streaming_chunk(model), model_encoders.LONGEST_SECONDS, load
+
+
+def _speaker_hash(model: str | os.PathLike[str]) -> tuple[str, str]:
+    """(hash of a model's speaker encoder, where it lies); ("", "") where it has none."""
+    if is_bundle(model):
+        return load_bundle_encoders(model).speaker_encoder, str(model)
+    from cv2jax.tasks.model_encoders import speaker_hash
+
+    return speaker_hash(model)
 
 
 def describe_chunks(result: EnrollResult) -> str:
@@ -203,29 +220,6 @@ def _prepare(audio: str, options: EnrollOptions, chunk: int | None) -> tuple[Aud
     return kept, findings, cut.start / clip.rate_hz, (len(clip.waveform) - cut.end) / clip.rate_hz
 
 
-def _find_chunk(model: str | os.PathLike[str], chunk: int | None) -> int | None:
-    """The chunk that is asked for, or that the engine streams the directory's flow in; None where that is not known."""
-    if chunk is not None or not has_stage(model, "flow_matching"):
-        return chunk
-    facts = load_run(stage_run(model, "flow_matching"))["facts"]
-    if "model" not in facts:
-        return None
-    streams = stream_mask(from_dict(FlowMatchingConfig, facts["model"])).chunk
-    return streams if streams < NO_CHUNK else None
-
-
-def _warn_of_stand_ins(model: str | os.PathLike[str]) -> None:
-    if not (has_stage(model, "flow_matching") and has_stage(model, "speaker_encoder")):
-        return
-    run = stage_run(model, "flow_matching")
-    if learnt_encoder(run) == STAND_IN:
-        logging.warning(
-            "%s: was trained on stand-ins made of names and knows no embeddings of audio; what it makes of this voice's is"
-            " not the speaker: train a flow with data.speaker_embeddings, a file of `cv2jax embed`",
-            run,
-        )
-
-
 def _read_embedding(model: str | os.PathLike[str] | None, place: str) -> tuple[Float32[np.ndarray, " E"], str]:
     """(raw embedding, hash of its encoder) of FILE.npz:ID, a speaker's mean or else an utterance's."""
     path, mark, identity = place.partition(f"{EMBEDDINGS}:")
@@ -237,15 +231,12 @@ def _read_embedding(model: str | os.PathLike[str] | None, place: str) -> tuple[F
     if identity not in file.speakers and identity not in file:
         known = ", ".join(file.speakers[:8]) + (", …" if len(file.speakers) > 8 else "")
         raise UserError(f"{file.path}: has no speaker or utterance '{identity}'; its speakers are {known}")
-    if model is not None and has_stage(model, "speaker_encoder"):
-        run = stage_run(model, "speaker_encoder")
-        ours = load_speaker_encoder(run).hash
-        if ours != file.encoder:
-            raise UserError(
-                f"{file.path}: is of speaker encoder {file.encoder[:_SHOWN]}, {run} is {ours[:_SHOWN]}; run `cv2jax embed`"
-                " with that"
-            )
-        require_same_encoder(model, ours)
+    ours, place = _speaker_hash(model) if model is not None else ("", "")
+    if ours and ours != file.encoder:
+        raise UserError(
+            f"{file.path}: is of speaker encoder {file.encoder[:_SHOWN]}, {place} is {ours[:_SHOWN]}; run `cv2jax embed`"
+            " with that"
+        )
     return file.speaker(identity) if identity in file.speakers else file.utterance(identity), file.encoder
 
 

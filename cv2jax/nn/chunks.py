@@ -1,6 +1,7 @@
 """Chunk masks described in numbers: who sees whom where sequences are cut into chunks; no flax, as a server needs it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -51,6 +52,25 @@ class ChunkMask:
         if self.left is None:
             return seen
         return seen & ((keys >= start - self.left) | (keys < self.prompt))
+
+
+def stream_mask(masks: Sequence[ChunkMask]) -> ChunkMask:
+    """The narrowest of the trained masks that streams in hops of more than a token; else what comes nearest to it."""
+    by_chunk = sorted(masks, key=lambda mask: mask.chunk)
+    return next((mask for mask in by_chunk if 1 < mask.chunk < NO_CHUNK), by_chunk[0])
+
+
+def choose_mask(masks: Sequence[ChunkMask], *, chunk: int | None = None, left: int | None = None) -> ChunkMask:
+    """The mask to stream under, without a prompt: `stream_mask` of the trained ones, or the first of them with that chunk.
+
+    Args:
+      chunk: None: that of `stream_mask`. left: positions of left context, -1: without an end; None: as trained with that chunk.
+    """
+    streams = stream_mask(masks)
+    chunk = streams.chunk if chunk is None else chunk
+    found = next((mask for mask in (streams, *masks) if mask.chunk == chunk), ChunkMask(chunk=chunk))
+    bound = found.left if left is None else None if left < 0 else left
+    return dataclasses.replace(found, left=bound, prompt=0)
 
 
 def _scaled(number: int, factor: int) -> int:

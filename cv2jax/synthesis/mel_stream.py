@@ -198,9 +198,12 @@ class MelStreams:
 
     def _room(self, num_tokens: int, num_prompt: int) -> int:
         """Slots, in tokens, of caches that hold so many tokens; of bounded ones that keep the prompt and the left context."""
+        need = num_tokens
         if self.mask.left is not None:
-            return -(-max(num_prompt + self.mask.left, 1) // _BOUNDED_ROOM) * _BOUNDED_ROOM
-        return room_for(num_tokens)
+            need = -(-max(num_prompt + self.mask.left, 1) // _BOUNDED_ROOM) * _BOUNDED_ROOM
+        if self.stage.rooms:
+            return _fixed_room(self.stage.rooms, need)
+        return room_for(need) if self.mask.left is None else need
 
 
 class MelStream:
@@ -274,6 +277,17 @@ class MelStream:
                 f"{self._name}: a hop of {len(tokens)} tokens ends inside a chunk, counted from the start of the prompt;"
                 f" give {self.num_to_border()}, or a multiple of {chunk} more, or all that are left as the last hop"
             )
+
+
+def _fixed_room(rooms: tuple[int, ...], need: int) -> int:
+    """The least of the rooms that will do; UserError where none does."""
+    found = next((room for room in rooms if room >= need), None)
+    if found is None:
+        raise UserError(
+            f"the flow must hold {need} tokens, recording included, and has room for {rooms[-1]}; take a shorter text or voice,"
+            " or export the model with more --seconds"
+        )
+    return found
 
 
 def room_for(num_tokens: int) -> int:

@@ -120,8 +120,10 @@ class SpeechStreams:
         Args:
           options: what the sampler takes from a request that does not say itself; UserError where it refuses them.
           arriving: lay text out in groups, else the whole text first; a request may say otherwise (`open`).
+
+        Raises UserError for more slots than the stage can have, too.
         """
-        size = -(-num_slots // stage.slot_multiple) * stage.slot_multiple
+        size = _num_slots(stage, num_slots)
         self._stage, self._arriving, self._length = stage, arriving, stage.cache_lengths[0]
         self._defaults = stage.sampler.row(options)
         self._state = stage.init_state(size, self._length)
@@ -256,6 +258,19 @@ class SpeechStreams:
         if opened is None:
             raise ValueError(f"slot {slot} has no request")
         return opened
+
+
+def _num_slots(stage: SpeechStage, wanted: int) -> int:
+    """The least number of slots that the stage can have."""
+    if not stage.slot_counts:
+        return -(-wanted // stage.slot_multiple) * stage.slot_multiple
+    found = next((count for count in stage.slot_counts if count >= wanted), None)
+    if found is None:
+        raise UserError(
+            f"{wanted} requests at once: this model's programs serve {stage.slot_counts[-1]}; ask for fewer, or export it with"
+            " more --slots"
+        )
+    return found
 
 
 def _options(

@@ -57,7 +57,8 @@ class SpeechStage:
       reset: (state, slots [B] bool) → state; empties these. grow: (state, positions) → state with larger caches.
       sampler: checks what requests ask for; the draw itself is in `decode`.
       cache_lengths: positions that caches may have, ascending. max_positions: of the context, at most the last of them.
-      prefill_sizes: T that rows are fed in, ascending. slot_multiple: B is a multiple of it.
+      prefill_sizes: T that rows are fed in, ascending. slot_multiple: B is a multiple of it. slot_counts: B, ascending, where
+        only some can be; (): any.
       ratio: of text to speech tokens where text arrives. prefix: "speaker" if training had a speaker in front of its texts.
       text_tokenizer, speech_tokenizer: hashes; "": not known.
     """
@@ -75,6 +76,7 @@ class SpeechStage:
     num_steps: int
     prefill_sizes: tuple[int, ...] = (8, 32, 128, 512)
     slot_multiple: int = 1
+    slot_counts: tuple[int, ...] = ()
     ratio: Ratio = MIX_RATIO
     prefix: str = "none"
     text_tokenizer: str = ""
@@ -118,6 +120,7 @@ class MelStage:
       noise: (voice keys [B …], request keys [B …], frames [B F], frames of the prompt [B]) → noise [B F M].
       solve: (`MelBatch`) → mel [B F M] of whole sequences; None where a stage only streams.
       trained: the masks of training. hop_sizes: tokens that steps may have, where that is fixed; (): any.
+      rooms: tokens that states may have room for, ascending, where that is fixed; (): any.
       max_frames: that the noise reaches, prompt included; None: no end. mel_definition: of the mel that it makes.
       speech_tokenizer, speaker_encoder: hashes of what made its inputs; "": not known.
     """
@@ -133,6 +136,7 @@ class MelStage:
     trained: tuple[ChunkMask, ...]
     solve: Callable[[MelBatch], Arrays] | None = None
     hop_sizes: tuple[int, ...] = ()
+    rooms: tuple[int, ...] = ()
     max_frames: int | None = None
     mel_definition: MelDefinition = FLOW_MEL
     speech_tokenizer: str = ""

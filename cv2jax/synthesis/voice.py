@@ -8,13 +8,13 @@ A SHA-256 over all of it is among that, so that a changed byte is found wherever
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import safetensors
-from absl import logging
 from jaxtyping import Float, Integer
 from safetensors.numpy import load, save
 

@@ -9,10 +9,16 @@ from cv2jax.config import TrainConfig, UserError
 NO_TASKS = (
     "__init__",
     "audio_task",
+    "bundle",
+    "bundle_parts",
+    "bundle_programs",
     "encoders",
+    "engine",
     "free_run",
     "heard_flow",
     "model_directory",
+    "model_engine",
+    "stages",
     "trained",
     "warm_start",
 )

@@ -17,7 +17,6 @@ from cv2jax.audio.fbank import FBANK_RATE_HZ
 from cv2jax.audio.io import AudioClip, convert_rate
 from cv2jax.audio.mel import MEL_RATE_HZ, WHISPER_RATE_HZ, mel_spectrogram
 from cv2jax.config import UserError, from_dict
-from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN
 from cv2jax.models.speaker_encoder import model as speaker_model
 from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
 from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
@@ -25,6 +24,7 @@ from cv2jax.models.speaker_encoder.model import encoder_hash
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.model import init_model_state
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder, tokenizer_hash
+from cv2jax.synthesis.encoders import fit_prompt
 from cv2jax.tasks.trained import find_step
 from cv2jax.train.checkpoint import load_subtree
 from cv2jax.train.run import load_run
@@ -122,8 +122,7 @@ def encode_recording(
     encoder = make_encoder(tokenizer.config, tokenizer.params, tokenizer.model_state, batch_seconds=_ONE_ROW)
     [tokens] = encoder([convert_rate(clip, WHISPER_RATE_HZ)])
     mel, _ = mel_spectrogram(convert_rate(clip, MEL_RATE_HZ)[None])
-    count = min(mel.shape[2] // FRAMES_PER_TOKEN, len(tokens))
-    return tokens[:count], np.ascontiguousarray(mel[0].T[: FRAMES_PER_TOKEN * count], np.float32)
+    return fit_prompt(tokens, np.asarray(mel[0].T))
 
 
 def embed_recordings(encoder: SpeakerEncoder, clips: Sequence[AudioClip]) -> Float32[np.ndarray, "N E"]:

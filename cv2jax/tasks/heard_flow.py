@@ -13,8 +13,9 @@ from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.evaluation.flow import FlowScore, TokenMeans
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.draws import draw
-from cv2jax.models.flow_matching.generate import generate, offline_mask, stream_mask
+from cv2jax.models.flow_matching.generate import generate, offline_mask
 from cv2jax.models.flow_matching.model import FlowMatching, flow_loss
+from cv2jax.nn.chunks import stream_mask
 from cv2jax.nn.masks import ChunkMask, length_mask
 from cv2jax.parallel.distributed import global_batch, to_host
 from cv2jax.parallel.sharding import replicated
@@ -56,7 +57,7 @@ class HeardFlow:
                 **{name: ready[name] for name in ("speech_tokens", "num_tokens")},
                 **{"error": error, "time": draws.time, "mask_index": draws.mask_index, "truth": ready["mel"]},
                 "offline": generate(model, params, ready, keys, offline_mask(c)),
-                "streamed": generate(model, params, ready, keys, stream_mask(c)),
+                "streamed": generate(model, params, ready, keys, stream_mask(c.masks)),
             }
 
         shapes = self._data.held_out_shapes()

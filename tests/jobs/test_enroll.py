@@ -18,12 +18,12 @@ from cv2jax.audio.mel import mel_spectrogram
 from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.data.embeddings import save_embeddings
-from cv2jax.jobs import enroll as job
 from cv2jax.jobs.enroll import EnrollOptions, describe_chunks, enroll
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
 from cv2jax.models.speech_tokenizer.tokenize import make_encoder
+from cv2jax.nn.chunks import stream_mask
 from cv2jax.synthesis.voice import load_voice, require_voice
+from cv2jax.tasks import model_encoders
 from cv2jax.tasks.encoders import embed_recordings, load_speaker_encoder, load_tokenizer
 from tests.small_model_directory import add_flow, make_model_directory, make_speech
 
@@ -50,8 +50,8 @@ def encoder(model):
 @pytest.fixture
 def loaded_once(monkeypatch):
     """Runs are read once for all tests that look at other things."""
-    monkeypatch.setattr(job, "load_tokenizer", _load_tokenizer)
-    monkeypatch.setattr(job, "load_speaker_encoder", _load_speaker_encoder)
+    monkeypatch.setattr(model_encoders, "load_tokenizer", _load_tokenizer)
+    monkeypatch.setattr(model_encoders, "load_speaker_encoder", _load_speaker_encoder)
 
 
 def write(path, waveform, rate_hz=16000, **options):
@@ -258,7 +258,7 @@ def test_a_prompt_is_cut_for_the_chunk_that_the_engine_streams_in(tmp_path, chun
     every = (-1,) * len(chunks)
     config = FlowMatchingConfig(mask_chunks=chunks, mask_lefts=every, mask_prompts=(0,) * len(chunks))
     assert job._find_chunk(tmp_path, None) == chunk
-    assert chunk in (None, stream_mask(config).chunk)
+    assert chunk in (None, stream_mask(config.masks).chunk)
     assert job._find_chunk(tmp_path, 8) == 8
 
 

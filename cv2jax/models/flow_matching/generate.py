@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from cv2jax.models.flow_matching.config import FRAMES_PER_TOKEN, FlowMatchingConfig
 from cv2jax.models.flow_matching.model import FlowMatching, solve
 from cv2jax.models.flow_matching.noise import frame_noise
-from cv2jax.nn.masks import NO_CHUNK, ChunkMask, MaskSpec
+from cv2jax.nn.masks import ChunkMask, MaskSpec
 
 
 def generate(
@@ -30,22 +30,3 @@ def generate(
 def offline_mask(config: FlowMatchingConfig) -> ChunkMask:
     """The widest of the trained masks: non-causal, if that is trained."""
     return max(config.masks, key=lambda mask: mask.chunk)
-
-
-def stream_mask(config: FlowMatchingConfig) -> ChunkMask:
-    """The narrowest of the trained masks that streams in hops of more than a token; else what comes nearest to it."""
-    by_chunk = sorted(config.masks, key=lambda mask: mask.chunk)
-    return next((mask for mask in by_chunk if 1 < mask.chunk < NO_CHUNK), by_chunk[0])
-
-
-def choose_mask(config: FlowMatchingConfig, *, chunk: int | None = None, left: int | None = None) -> ChunkMask:
-    """The mask to stream under, in tokens, without a prompt: `stream_mask`, or the first trained one with that chunk.
-
-    Args:
-      chunk: None: that of `stream_mask`. left: tokens of left context, -1: without an end; None: as trained with that chunk.
-    """
-    streams = stream_mask(config)
-    chunk = streams.chunk if chunk is None else chunk
-    found = next((mask for mask in (streams, *config.masks) if mask.chunk == chunk), ChunkMask(chunk=chunk))
-    bound = found.left if left is None else None if left < 0 else left
-    return dataclasses.replace(found, left=bound, prompt=0)

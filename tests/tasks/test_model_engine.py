@@ -6,7 +6,7 @@ import pytest
 from cv2jax.config import MeshConfig, UserError
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.parallel.mesh import make_mesh
-from cv2jax.tasks import engine
+from cv2jax.tasks import model_engine
 from cv2jax.tasks.encoders import load_speaker_encoder
 from tests.small_model_directory import add_flow, make_model_directory
 
@@ -20,8 +20,8 @@ def encoders(tmp_path_factory):
 def load_mel(monkeypatch):
     """The stage of a directory's flow, whose parameters nobody reads."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(engine, "load_flow", lambda run, mesh: (FlowMatchingConfig(), {}))
-    return lambda model: engine._load_mel(model, mesh)[0]
+    monkeypatch.setattr(model_engine, "load_flow", lambda run, mesh: (FlowMatchingConfig(), {}))
+    return lambda model: model_engine._load_mel(model, mesh)[0]
 
 
 def test_a_flow_speaks_with_the_encoder_that_it_learnt_from(encoders, load_mel, tmp_path):

@@ -176,6 +176,7 @@ def test_more_than_two_gigabytes_are_refused_before_anything_is_read(onnx, tmp_p
 
 
 def test_a_place_that_cannot_be_written(onnx, tmp_path):
+    (tmp_path / "none").write_text("a file, where a folder must be")
     with pytest.raises(UserError, match="cannot be written"):
         write_onnx(tmp_path / "none" / "m.onnx", model(onnx), foreign(arrays()))
 

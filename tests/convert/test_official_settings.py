@@ -28,6 +28,8 @@ def test_the_golden_and_our_own_files_pass(tmp_path):
     yaml = yaml_of(make_yaml(describe_sizes(*models)), tmp_path)
     require_parts(yaml, "the yaml")
     require_settings(yaml, "the yaml", *models)
+    with pytest.raises(UserError, match=r"flow\.spk_embed_dim is 10, and .* only 24 is supported"):  # of other models
+        require_settings(yaml, "the yaml", models[0], dataclasses.replace(models[1], speaker_dim=24), models[2])
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):

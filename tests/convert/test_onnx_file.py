@@ -101,11 +101,16 @@ def test_a_file_that_is_cut_anywhere_is_damaged(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"PK\x03\x04 not a graph at all", b"version https://git-lfs.github.com/spec/v1\n"]
+    ("data", "message"),
+    [
+        (b"", "is damaged"),
+        (b"PK\x03\x04 not a graph at all", "is damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is only git's pointer to the file"),
+    ],
 )
-def test_what_is_no_onnx(tmp_path, onnx, data):
+def test_what_is_no_onnx(tmp_path, onnx, data, message):
     (tmp_path / "m.onnx").write_bytes(data)
-    with pytest.raises(UserError, match=r"m\.onnx: is damaged"):
+    with pytest.raises(UserError, match=rf"m\.onnx: {message}"):
         OnnxFile(tmp_path / "m.onnx")
 
 
@@ -171,6 +176,7 @@ def test_more_than_two_gigabytes_are_refused_before_anything_is_read(onnx, tmp_p
 
 
 def test_a_place_that_cannot_be_written(onnx, tmp_path):
+    (tmp_path / "none").write_text("a file, where a folder must be")
     with pytest.raises(UserError, match="cannot be written"):
         write_onnx(tmp_path / "none" / "m.onnx", model(onnx), foreign(arrays()))
 

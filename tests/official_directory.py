@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import pathlib
 import shutil
 
@@ -16,12 +17,14 @@ from cv2jax.convert.official import llm_rules
 from cv2jax.convert.official_sizes import describe_sizes
 from cv2jax.convert.official_template import make_yaml
 from cv2jax.convert.onnx_graphs import write_campplus_onnx, write_speech_tokenizer_onnx
+from cv2jax.convert.qwen import backbone_rules
 from cv2jax.convert.rules import foreign_tensors
 from cv2jax.convert.weight_norm import unfold_tensors
 from cv2jax.models.flow_matching.model import init_params as init_flow
 from cv2jax.models.hift_vocoder.model import init_params as init_hift
 from cv2jax.models.speaker_encoder import model as speaker_model
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params
+from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.models.text_speech_lm.model import init_params as init_lm
 from cv2jax.models.text_speech_lm.qwen2 import HF_FIELDS
 from cv2jax.text.tokenizer import train_text_tokenizer
@@ -86,8 +89,23 @@ def write_backbone(place: pathlib.Path, backbone, text_tokenizer=None):
         train_text_tokenizer(["one two"], 300, single_chinese=False).save(place)
     else:
         shutil.copytree(text_tokenizer, place)
-        (place / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")  # upstream's llm.pt replaces all of them
+        write_backbone_weights(place / "model.safetensors", backbone)
     (place / "config.json").write_text(json.dumps(sizes | fixed))
+
+
+def write_backbone_weights(path: pathlib.Path, backbone):
+    """Zeros in bf16, as many as official: upstream's llm.pt replaces all of them. A sparse file at any size."""
+    init = lambda key: init_lm(TextSpeechLmConfig(backbone=backbone), key)  # noqa: E731
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    parts = {part: params[part] for part in ("text_embedding", "backbone")}
+    header, end = {}, 0
+    for name, tensor in foreign_tensors(backbone_rules(), parts, str(path)).items():
+        start, end = end, end + 2 * math.prod(tensor.shape)
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    data = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.truncate(8 + len(data) + end)
 
 
 def random_tree(abstract, rng):

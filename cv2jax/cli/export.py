@@ -55,8 +55,10 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     )
     for stage in STAGES:
         define.DEFINE_string(stage, "", "For official: its run, in place of the model directory's.", flag_values=flags)
-    names = "For official, of normalised kernels: parametrised or weight_g."
-    define.DEFINE_string("hift_names", "parametrised", names, flag_values=flags)
+    names = (
+        "For official, of normalised kernels: parametrised or weight_g; by default as the imported hift.pt has them."
+    )
+    define.DEFINE_string("hift_names", "", names, flag_values=flags)
     define.DEFINE_list("platforms", "cpu,cuda,tpu", "For bundle: of its programs.", flag_values=flags)
     define.DEFINE_integer("slots", None, "For bundle: requests at once; by default 4.", flag_values=flags)
     text = "For bundle: of a piece, recording included; by default 60."

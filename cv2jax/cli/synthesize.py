@@ -1,21 +1,23 @@
 """Speak a text in a voice, to a file or to a pipe while it is made.
 
-MODEL is a bundle (`cv2jax export --to bundle`), or a model directory: text_speech_lm/, flow_matching/ and hift_vocoder/, each
-a run or a link to one, and voices/. VOICE is a name there or a file of `cv2jax enroll`. TEXT "-" reads standard input: with
---stream line by line as it comes, each line spoken as soon as its words allow; else all of it first. A long text is split where
-clauses end.
+MODEL is a model directory: text_speech_lm/, flow_matching/ and hift_vocoder/, each a run or a link to one, and voices/; or a
+bundle of one (`cv2jax export --to bundle`), which has no --offline. VOICE is a name there or a file of `cv2jax enroll`. TEXT "-"
+reads standard input: with --stream line by line as it comes, each spoken as soon as its words allow and heard to its end before
+the next one is waited for; else all of it first. So with --stream a line is an utterance: give a sentence or a paragraph on each,
+and text that is wrapped without --stream. A long text is split where clauses end.
 
 --out FILE.wav is written whole at the end. --out - writes raw PCM to standard output frame by frame: 16-bit little-endian,
-mono, 24 kHz; all messages go to standard error. --stream tells of each frame when it is made. Same seed, same samples, however
-they are written. --offline lets the flow see each piece of the text whole, as upstream without streaming: other samples, none
-of them before the piece is drawn.
+mono, at the model's rate (24 kHz); all messages go to standard error. --stream tells of each frame when it is made. Same seed,
+same samples, however they are written. --offline lets the flow see each piece of the text whole, as upstream without
+streaming: other samples, none of them before the piece is drawn.
 
 Modes: zero_shot (the voice's recording and its text lead), cross_lingual (no text leads: any language), instruct (--instruct
 says how), speaker (a fine-tuned speaker's embedding alone), conversion (--source, a recording of up to 30 s, in this voice;
 it is read whole, and heard hop by hop). By default what is given decides.
 
-A request ends "ok"; or "hit_limit" where --max_length cut it, "empty", "non_finite" or "failed", of which only the first is
-written to a file. All but "ok" make the exit code 3.
+A request ends "ok"; or "hit_limit" where --max_length cut it, "empty" where for the text or a piece of it nothing was drawn,
+"non_finite" or "failed", of which only the first is written to a file. All but "ok" make the exit code 3. Times of work are
+told of voice (its recording solved), tokenizer (of a source), text, lm, flow and vocoder.
 
   cv2jax synthesize "Bring the red ball." --model models/mine --voice ann --out ball.wav
   cv2jax synthesize "Bring the red ball." --model models/mine --voice ann --out - | aplay -f S16_LE -r 24000 -c 1
@@ -50,7 +52,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_integer("seed", 0, "Same seed, same samples.", flag_values=flags)
     define.DEFINE_float("speed", 1.0, "0.5 to 2; 2 is twice as fast.", flag_values=flags)
     define.DEFINE_string("language", "", "Of the text: en, zh, ...; by default detected.", flag_values=flags)
-    text = "none, wetext or auto; by default as the corpus was read."
+    text = "none, wetext or auto; by default as the corpus was read. Text that arrives is read as it is."
     define.DEFINE_string("normalizer", None, text, flag_values=flags)
     define.DEFINE_float("temperature", 1.0, "0 takes the likeliest token always.", flag_values=flags)
     define.DEFINE_float("top_p", 0.8, "Nucleus; 1 sets no bound.", flag_values=flags)
@@ -58,6 +60,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_integer("min_length", None, "Speech tokens of a piece at least (25 a second).", flag_values=flags)
     define.DEFINE_integer("max_length", None, "Speech tokens of a piece at most.", flag_values=flags)
     define.DEFINE_integer("chunk", None, "Tokens of a chunk; by default as trained.", flag_values=flags)
+    text = "Tokens of left context, -1: no bound; by default as trained with that chunk."
+    define.DEFINE_integer("left", None, text, flag_values=flags)
     text = "Seconds of work a second of speech, for which hops are planned so that a player never waits."
     define.DEFINE_float("real_time_factor", 0.5, text, flag_values=flags)
 
@@ -73,8 +77,9 @@ def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
         wanted = "no TEXT beside --source" if values["source"] else 'one TEXT (quoted), or "-"'
         raise UserError(f"expected {wanted}, got {len(args)}")
     from cv2jax.jobs.synthesize import PIPE, SynthesizeOptions, format_result, read_lines, synthesize
+    from cv2jax.synthesis.result import Pcm
     from cv2jax.synthesis.sampling import SamplingOptions
-    from cv2jax.synthesis.session import Pcm, Session
+    from cv2jax.synthesis.session import Session
 
     say = sys.stderr if out == PIPE else sys.stdout
     sampling = SamplingOptions(**{name: values.pop(name) for name in ("temperature", "top_p", "top_k")})
@@ -82,9 +87,10 @@ def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
     if text == "-":
         lines = read_lines(sys.stdin.buffer)
         text = lines if stream else "".join(lines)
-    if out == PIPE:
-        print("standard output: raw PCM, 16-bit little-endian, mono, 24000 Hz", file=sys.stderr, flush=True)
     begun = time.perf_counter()
+
+    def tell_rate(rate_hz: int) -> None:
+        print(f"standard output: raw PCM, 16-bit little-endian, mono, {rate_hz} Hz", file=sys.stderr, flush=True)
 
     def tell(frame: Pcm, session: Session) -> None:
         last, tokens = frame.first_sample + len(frame.samples) - 1, session.result.num_speech_tokens
@@ -92,6 +98,7 @@ def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
         print(f"{at:.3f} s: samples {frame.first_sample} to {last}, {tokens} tokens drawn", file=sys.stderr, flush=True)
 
     options = SynthesizeOptions(sampling=sampling, **values)
-    result = synthesize(model, text, out, options, on_frame=tell if stream else None)
+    on_open, on_frame = tell_rate if out == PIPE else None, tell if stream else None
+    result = synthesize(model, text, out, options, on_open=on_open, on_frame=on_frame)
     print(format_result(result), file=say)
     return 0 if result.status == "ok" else EXIT_NOT_WHOLE

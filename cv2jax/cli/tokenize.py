@@ -6,6 +6,9 @@ Qwen2 tokenizer in --text_tokenizer, or with a small byte-level BPE that is trai
 vocabulary is chosen, or checked, so that a text token stands for 4 to 12 speech tokens. The tokenizer is copied into the
 corpus, loadable by transformers' AutoTokenizer.
 
+Zero-shot synthesis puts the text behind a recording and its transcript. A model that heard single short sentences only does
+not go on from one: --continuations lets it hear pairs of a speaker's utterances too.
+
   cv2jax encode runs/tokenizer corpus/manifest.jsonl --out tokens.jsonl
   cv2jax tokenize corpus/manifest.jsonl --speech tokens.jsonl --out token_corpus
   cv2jax tokenize m.jsonl --speech t.npz --text_tokenizer CosyVoice-BlankEN --prefix speaker --out token_corpus
@@ -36,6 +39,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("prefix", "none", text, flag_values=flags)
     text = "Read texts as synthesis will: none, wetext or auto; by default texts stay as they are."
     define.DEFINE_string("normalizer", "", text, flag_values=flags)
+    text = "Also write each training utterance behind the one before of its speaker, for zero-shot synthesis."
+    define.DEFINE_boolean("continuations", False, text, flag_values=flags)
     define.DEFINE_integer("num_codes", 6561, "Size of the speech tokenizer's codebook.", flag_values=flags)
 
 
@@ -57,4 +62,6 @@ def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:
         f"{result.num_without_text} without text, {result.num_without_speech} without speech,"
         f" {result.num_refused} refused"
     )
+    if result.num_continuations:
+        print(f"and {result.num_continuations} utterances once more, behind the one before of their speaker")
     return 0

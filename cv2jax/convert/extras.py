@@ -1,6 +1,7 @@
 """Packages of the extra [official], imported where they are used: cv2jax itself needs none of them."""
 
 import importlib
+import pathlib
 from typing import Any
 
 from cv2jax.config import UserError
@@ -16,3 +17,15 @@ def import_official(package: str) -> Any:
         raise UserError(
             f"{package} is not installed, and official files need it: pip install 'cv2jax[official]'"
         ) from None
+
+
+_POINTER = b"version https://git-lfs"
+
+
+def refuse_pointer(path: pathlib.Path) -> None:
+    """Raises UserError for a file that stands for a large one which git has not fetched yet."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: is only git's pointer to the file; fetch it with `git lfs pull`")

@@ -1,7 +1,7 @@
 """The three `.pt` files of the official model directory: their tables, their spellings, and both ways (spec/official.md 8)."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -70,7 +70,17 @@ class HiftReader(FoldedReader):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        super().__init__(_Generator(TorchReader(path)))
+        generator = _Generator(TorchReader(path))
+        super().__init__(generator)
+        self.prefix = generator.prefix
+
+    def spelling(self, name: str) -> Pair | None:
+        """How the file itself calls the two halves of a folded kernel; None of a tensor that is no pair."""
+        if name not in self.pairs:
+            return None
+        start = len(name) - len("weight")
+        g, v = self.pairs[name]
+        return g[start:], v[start:]
 
 
 class _Generator:
@@ -79,7 +89,7 @@ class _Generator:
     def __init__(self, reader: TorchReader) -> None:
         self.place, self._reader = reader.place, reader
         theirs = reader.names()
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in theirs) else ""
+        prefix = self.prefix = PREFIX if any(name.startswith(PREFIX) for name in theirs) else ""
         judges = [name for name in theirs if prefix and name.startswith(_DISCRIMINATORS)]
         if judges:
             logging.warning("%s: the %d tensors of its discriminators are left out", self.place, len(judges))
@@ -105,15 +115,21 @@ def write_hift(
     config: HiftVocoderConfig,
     params: PyTree,
     *,
-    names: str = "parametrised",
+    names: str = "",
     kept: HiftReader | None = None,
 ) -> None:
     """Writes hift.pt, in fp32, with weight-normalised kernels as pairs.
 
     Args:
-      path: new file. config: with mel_origin 0. params: of the generator. names: a key of HIFT_NAMES.
+      path: new file. config: with mel_origin 0. params: of the generator.
+      names: a key of HIFT_NAMES; "": as `kept` spells them, its `generator.` too, else parametrised.
       kept: the file that the parameters came from. A kernel that its pair still folds to, bit for bit, keeps that pair.
     """
-    style: Callable[[str], Pair | None] = lambda name: HIFT_NAMES[names] if weight_norm_style(name) else None  # noqa: E731
-    tensors = foreign_tensors(hift_rules(config), params, str(path))
-    write_state_dict(path, unfold_tensors(tensors, style, kept))
+
+    def style(name: str) -> Pair | None:
+        known = kept.spelling(name) if kept is not None and not names else None
+        return (known or HIFT_NAMES[names or "parametrised"]) if weight_norm_style(name) else None
+
+    prefix = kept.prefix if kept is not None and not names else ""
+    tensors = unfold_tensors(foreign_tensors(hift_rules(config), params, str(path)), style, kept)
+    write_state_dict(path, {prefix + name: tensor for name, tensor in tensors.items()})

@@ -5,13 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cv2jax.audio.mel import MEL_FFT, MEL_FMAX_HZ, MEL_HOP
 from cv2jax.config import UserError
 from cv2jax.convert.official_yaml import YamlSizes
 from cv2jax.convert.rules import Shape
 from cv2jax.models.flow_matching.config import (
     FRAMES_PER_TOKEN,
-    LOOKAHEAD,
     EstimatorConfig,
     FlowEncoderConfig,
     FlowMatchingConfig,
@@ -24,6 +22,7 @@ from cv2jax.models.text_speech_lm.sequence import MIX_RATIO, NUM_STOPS
 OFFICIAL_CHUNK = 25  # tokens of a hop of the official stream
 _MLP_RATIO = 4  # of the estimator's blocks, which the YAML does not say
 _MAX_MAGNITUDE = 100.0  # of the vocoder, likewise
+_CHUNK = "static_chunk_size"
 Names = Mapping[str, tuple[Shape, Any]]
 
 
@@ -142,7 +141,6 @@ def read_flow_sizes(yaml: YamlSizes, place: str, names: Names) -> FlowMatchingCo
         "speaker_dim": size("spk_embed_dim", "spk_embed_affine_layer.weight", 1),
     }
     found.finish()
-    _require(yaml, place, {"flow.token_mel_ratio": FRAMES_PER_TOKEN, "flow.pre_lookahead_len": LOOKAHEAD})
     solver = "flow.decoder.cfm_params.content."
     chunk = yaml.integer("flow.encoder.static_chunk_size", OFFICIAL_CHUNK)
     config = FlowMatchingConfig(
@@ -177,9 +175,9 @@ def read_hift_sizes(yaml: YamlSizes, place: str, names: Names) -> HiftVocoderCon
     config = HiftVocoderConfig(
         num_mels=size("in_channels", "conv_pre.weight", 1),
         rate_hz=yaml.integer("hift.sampling_rate"),
-        mel_fft=yaml.integer("feat_extractor.n_fft", MEL_FFT),
-        mel_hop=yaml.integer("feat_extractor.hop_size", MEL_HOP),
-        mel_fmax_hz=float(yaml.number("feat_extractor.fmax", MEL_FMAX_HZ)),
+        mel_fft=yaml.integer("feat_extractor.n_fft"),
+        mel_hop=yaml.integer("feat_extractor.hop_size"),
+        mel_fmax_hz=float(yaml.number("feat_extractor.fmax")),
         width=size("base_channels", "conv_pre.weight", 0),
         upsample_rates=yaml.integers("hift.upsample_rates"),
         upsample_kernels=yaml.integers("hift.upsample_kernel_sizes"),
@@ -203,7 +201,6 @@ def read_hift_sizes(yaml: YamlSizes, place: str, names: Names) -> HiftVocoderCon
     number = len(kernels) * len(config.upsample_rates)
     found.compare("the number of kernels × stages of hift.resblock_kernel_sizes", number, blocks, "resblocks.N")
     found.finish()
-    _require(yaml, place, {"hift.lrelu_slope": 0.1})
     return _validated(config, place)
 
 
@@ -213,12 +210,6 @@ def _same_dilations(yaml: YamlSizes, place: str) -> tuple[int, ...]:
     if len(rows) != 1:
         raise UserError(f"{place}: {' and '.join(both)} hold different rows; all blocks must have the same dilations")
     return rows.pop()
-
-
-def _require(yaml: YamlSizes, place: str, fixed: Mapping[str, float | int]) -> None:
-    for key, only in fixed.items():
-        if yaml.number(key, only) != only:
-            raise UserError(f"{place}: {key} is {yaml.number(key)}; only {only:g} is supported")
 
 
 def _validated(config: Any, place: str) -> Any:
@@ -317,7 +308,12 @@ def _check_representable(flow: FlowMatchingConfig, hift: HiftVocoderConfig) -> N
 
 def differing_sizes(yaml: YamlSizes, described: Mapping[str, Any]) -> list[str]:
     """What a YAML says otherwise than `describe_sizes`, a line each; a key that it leaves out has upstream's default."""
-    lines = []
+    return [f"{key}: {theirs} there, {ours} here" for key, theirs, ours in compare_sizes(yaml, described)]
+
+
+def compare_sizes(yaml: YamlSizes, described: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """As `differing_sizes`: key, what the YAML says, what `describe_sizes` says."""
+    found = []
     for key, value in described.items():
         if not yaml.has(key):
             continue
@@ -326,10 +322,10 @@ def differing_sizes(yaml: YamlSizes, described: Mapping[str, Any]) -> list[str]:
             same = _plain(theirs) == value
         else:
             theirs = yaml.number(key)
-            same = theirs == value
+            same = theirs == value or (key.endswith(_CHUNK) and theirs <= 0 and not value)  # either is no chunks
         if not same:
-            lines.append(f"{key}: {_plain(theirs)} there, {value} here")
-    return lines
+            found.append((key, _plain(theirs), value))
+    return found
 
 
 def _plain(values: Any) -> Any:

@@ -23,7 +23,7 @@ _CLASSES = {
 # Not every release of upstream's encoder has this argument; each has the layers that it defaults to.
 _DEFAULTS = {"flow.encoder.num_up_blocks": 4}
 _QWEN = Tagged("!ref", "<qwen_pretrain_path>")
-_FIXED: dict[str, Any] = {
+FIXED: dict[str, Any] = {
     "sample_rate": 0,  # a place: sizes fill it
     "qwen_pretrain_path": "",  # the loader gives it
     "llm.length_normalized_loss": True,
@@ -67,7 +67,7 @@ _FIXED: dict[str, Any] = {
 def make_yaml(sizes: Mapping[str, Any]) -> str:
     """The text of a cosyvoice2.yaml with the sizes of `describe_sizes`."""
     tree: dict[str, Any] = {}
-    for key, value in (_FIXED | dict(sizes)).items():
+    for key, value in (FIXED | dict(sizes)).items():
         if _DEFAULTS.get(key) == value:
             continue
         *path, last = key.split(".")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pathlib
 import re
+import reprlib
 from typing import Any
 
 from cv2jax.config import UserError
@@ -14,6 +15,9 @@ from cv2jax.config import UserError
 _REFERENCE = re.compile(r"<([\w.]+)>")
 _MAX_DEPTH = 64  # of references and of nesting
 _MAX_BYTES = 1 << 20
+_MAX_ITEMS, _MAX_FACTORS = 256, 16  # of a list, of a product: a few anchors or references else make billions
+_MAX_NUMBER = 1 << 53
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,12 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         """Safe YAML; every other tag makes a `Tagged`."""
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Refuses `<<`, which doubles a table with each line that has it twice."""
+            if any(key.tag == _MERGE for key, _ in node.value):
+                raise yaml.constructor.ConstructorError(None, None, "merge keys are not read here", node.start_mark)
+            super().flatten_mapping(node)
 
     def inert(loader: Any, suffix: str, node: Any) -> Tagged:
         del suffix
@@ -66,10 +76,19 @@ class YamlSizes:
 
     def __init__(self, values: dict[str, Any], path: pathlib.Path) -> None:
         self._values, self._path = values, path
+        self._found: dict[str, Any] = {}  # keys that were looked up: each reference is followed once
 
     def has(self, key: str) -> bool:
         """Whether there is such a key."""
         return self._find(key) is not None
+
+    def has_table(self, key: str) -> bool:
+        """Whether a key has keys of its own."""
+        return isinstance(self._find(key), dict)
+
+    def plain(self, key: str) -> Any:
+        """What is there, as it is; None where there is nothing."""
+        return self._find(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number; UserError where there is none, and no default."""
@@ -85,7 +104,8 @@ class YamlSizes:
             return default
         found = _as_number(value)
         if found is None:
-            raise UserError(f"{self._path}: {key} is {_show(value)}; it must be a number")
+            small = "smaller " if isinstance(value, int) and not isinstance(value, bool) else ""
+            raise UserError(f"{self._path}: {key} is {show_value(value)}; it must be a {small}number")
         return found
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -95,11 +115,16 @@ class YamlSizes:
     def rows(self, key: str) -> tuple[tuple[int, ...], ...]:
         """A list of lists of whole numbers."""
         value = self._find(key)
-        if not isinstance(value, list) or not value:
-            raise UserError(f"{self._path}: {key} is {_show(value)}; it must be a list of lists")
+        if not isinstance(value, list) or not 0 < len(value) <= _MAX_ITEMS:
+            raise UserError(f"{self._path}: {key} is {show_value(value)}; it must be a list of lists")
         return tuple(_as_integers(row, f"{self._path}: {key}") for row in value)
 
     def _find(self, key: str, depth: int = 0) -> Any:
+        if key not in self._found:
+            self._found[key] = self._look_up(key, depth)
+        return self._found[key]
+
+    def _look_up(self, key: str, depth: int) -> Any:
         found: Any = self._values
         for name in key.split("."):
             found = self._follow(found, depth)
@@ -115,15 +140,18 @@ class YamlSizes:
         if value.tag != "!ref":
             return value.value
         if depth > _MAX_DEPTH:
-            raise UserError(f"{self._path}: its references go round in a circle at {value.value!r}; copy it again")
-        factors = [part.strip() for part in str(value.value).split("*")]
-        if not all(_REFERENCE.fullmatch(part) for part in factors):
+            raise UserError(f"{self._path}: its references go round in a circle at {show_value(value)}; copy it again")
+        if not isinstance(value.value, str):
+            return value
+        factors = [part.strip() for part in value.value.split("*")]
+        if len(factors) > _MAX_FACTORS or not all(_REFERENCE.fullmatch(part) for part in factors):
             return value
         found = [self._find(part[1:-1], depth + 1) for part in factors]
         if len(found) == 1:
             return found[0]
         numbers = [_as_number(one) for one in found]
-        return value if None in numbers else math.prod(n for n in numbers if n is not None)
+        product = None if None in numbers else _as_number(math.prod(n for n in numbers if n is not None))
+        return value if product is None else product
 
 
 def _as_number(value: Any) -> float | int | None:
@@ -132,18 +160,34 @@ def _as_number(value: Any) -> float | int | None:
             value = float(value)
         except ValueError:
             return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    is_sane = abs(value) <= _MAX_NUMBER if isinstance(value, int) else math.isfinite(value)
+    return value if is_sane else None
 
 
 def _as_integers(value: Any, place: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
-        raise UserError(f"{place} is {_show(value)}; it must be a list of whole numbers")
+    is_list = isinstance(value, list) and len(value) <= _MAX_ITEMS
+    if not is_list or not all(isinstance(n, int) and _as_number(n) is not None for n in value):
+        raise UserError(f"{place} is {show_value(value)}; it must be a list of whole numbers")
     return tuple(value)
 
 
-def _show(value: Any) -> str:
+class _Short(reprlib.Repr):
+    """A `repr` that stays short and quick whatever anchors make of a value."""
+
+    def repr_Tagged(self, value: Tagged, level: int) -> str:  # named so by reprlib
+        """A tag and what it stands over."""
+        if level <= 0:
+            return f"{value.tag} …"
+        return f"{value.tag} {value.value[:60] if isinstance(value.value, str) else self.repr1(value.value, level - 1)}"
+
+
+def show_value(value: Any) -> str:
+    """A value of `read_yaml` in a message."""
     if value is None:
         return "missing"
-    text = f"{value.tag} {value.value}" if isinstance(value, Tagged) else repr(value)
+    shown = _Short()
+    shown.maxlevel = 2
+    text = " ".join(shown.repr(value).split())
     return text if len(text) < 60 else f"{text[:57]}…"

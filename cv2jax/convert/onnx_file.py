@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from cv2jax.config import UserError
-from cv2jax.convert.extras import import_official
+from cv2jax.convert.extras import import_official, refuse_pointer
 from cv2jax.convert.rules import ForeignTensor, Index, Shape
 from cv2jax.files import whole_file
 
@@ -76,6 +76,7 @@ class OnnxFile:
         self.tensors: dict[str, StoredTensor] = {}
         self._onnx = import_official("onnx")
         decode_error = import_official("google.protobuf.message").DecodeError
+        refuse_pointer(self.path)
         try:
             with self.path.open("rb") as file:
                 if not os.fstat(file.fileno()).st_size:

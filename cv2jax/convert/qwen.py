@@ -19,7 +19,18 @@ from absl import logging
 from jaxtyping import PyTree, Shaped
 
 from cv2jax.config import UserError
-from cv2jax.convert.rules import ForeignTensor, Index, Rule, Shape, fold_names, foreign_tensors, load_tree
+from cv2jax.convert.extras import refuse_pointer
+from cv2jax.convert.rules import (
+    ForeignTensor,
+    Index,
+    Reader,
+    Rule,
+    Shape,
+    check_tensors,
+    fold_names,
+    foreign_tensors,
+    load_tree,
+)
 from cv2jax.convert.staging import staged_directory
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.models.text_speech_lm.qwen2 import HF_FIELDS, Qwen2Config, config_from_hf
@@ -29,7 +40,7 @@ TEXT_HEAD = "lm_head.weight"
 _PARTS = ("text_embedding", "backbone")  # what of the model's parameters is Qwen2's
 # How the backbone is run, not what it is.
 _NOT_IN_FILES = ("remat", "scan_layers", "dtype")
-_CARRIED = (
+CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -124,7 +135,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
         raise UserError(
             f"{directory}: no weights ({WEIGHTS}, or {INDEX} with its shards); give a directory that has them"
         )
-    names = _read_json(directory / INDEX).get("weight_map")
+    names = read_json(directory / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{directory / INDEX}: is damaged (no weight_map); copy it again")
     lacking = sorted({file for file in names.values() if not (directory / file).is_file()})
@@ -137,13 +148,15 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
 
 
 def _open(path: pathlib.Path) -> Any:
+    refuse_pointer(path)
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: is damaged or unreadable ({_first_line(error)}); copy it again") from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object of a JSON file; UserError, naming it, where it cannot be read or holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -162,7 +175,7 @@ def _read_hf_config(directory: pathlib.Path) -> tuple[dict[str, Any], Qwen2Confi
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory}: no {CONFIG}; give the directory of a Qwen2 or Qwen2.5 model")
-    values = _read_json(path)
+    values = read_json(path)
     try:
         return values, config_from_hf(values, str(path))
     except (TypeError, AttributeError) as error:
@@ -206,10 +219,20 @@ def load_backbone(
     _check_sizes(theirs, config, directory)
     abstract = _abstract(config) if abstract is None else abstract
     with SafetensorsReader(directory) as reader:
-        # A bare Qwen2Model is saved without the prefix.
-        prefix = "model." if any(name.startswith("model.") for name in reader.names()) else ""
         wanted = {part: abstract[part] for part in _PARTS}
-        return load_tree(backbone_rules(prefix), reader, wanted, ignored=[re.escape(TEXT_HEAD)])
+        return load_tree(_rules_of(reader), reader, wanted, ignored=[re.escape(TEXT_HEAD)])
+
+
+def check_backbone(reader: Reader, config: Qwen2Config) -> None:
+    """Holds the headers of a backbone's weights against its config; UserError as `load_backbone`, of which none is read."""
+    abstract = _abstract(config)
+    wanted = {part: abstract[part] for part in _PARTS}
+    check_tensors(_rules_of(reader), reader, wanted, ignored=[re.escape(TEXT_HEAD)])
+
+
+def _rules_of(reader: Reader) -> tuple[Rule, ...]:
+    # A bare Qwen2Model is saved without the prefix.
+    return backbone_rules("model." if any(name.startswith("model.") for name in reader.names()) else "")
 
 
 def _abstract(config: Qwen2Config) -> PyTree:
@@ -263,7 +286,7 @@ def save_backbone(
             text = json.dumps(_hf_config(config, values, dtype), indent=2, sort_keys=True)
             (place / CONFIG).write_text(text + "\n", encoding="utf-8")
             _write_weights(place, to_write, max_shard_bytes)
-            for name in _CARRIED:
+            for name in CARRIED:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, place / name)
             if finish is not None:

@@ -212,13 +212,19 @@ def load_tree(
 
     Raises: UserError that lists everything missing, left over and of another shape or kind, on both sides (`fold_names`).
     """
+    check_tensors(rules, reader, abstract, ignored=ignored)
     leaves, plan = _plan(rules, abstract)
-    _check(plan, leaves, reader, ignored)
     # The largest first: what reading takes beside an array is then taken while there is little else.
     order = sorted(leaves, key=lambda path: -math.prod(leaves[path].shape))
     read = {path: _load_leaf(leaves[path], plan[path], reader, on_host) for path in order}
     loaded = {path: read[path] for path in leaves}
     return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def check_tensors(rules: Sequence[Rule], reader: Reader, abstract: PyTree, *, ignored: Sequence[str] = ()) -> None:
+    """What `load_tree` checks before it reads a tensor: UserError for names, shapes and kinds that do not fit."""
+    leaves, plan = _plan(rules, abstract)
+    _check(plan, leaves, reader, ignored)
 
 
 def _load_leaf(leaf: Any, links: list[_Link], reader: Reader, on_host: bool) -> jax.Array | np.ndarray:

@@ -23,7 +23,7 @@ from absl import logging
 from jaxtyping import Shaped
 
 from cv2jax.config import UserError
-from cv2jax.convert.extras import import_official
+from cv2jax.convert.extras import import_official, refuse_pointer
 from cv2jax.convert.rules import ForeignTensor, Index, Shape
 
 _COUNTERS = ("epoch", "step")  # of a training checkpoint; the official loader trips over them (spec/official.md 1.3)
@@ -42,6 +42,7 @@ def load_values(path: pathlib.Path) -> Any:
     torch = import_official("torch")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; copy the whole directory")
+    refuse_pointer(path)
     with path.open("rb") as file:
         starts_as_zip = file.read(4) == b"PK\x03\x04"
     if not zipfile.is_zipfile(path):
@@ -68,6 +69,13 @@ def _torch_kinds() -> tuple[Any, dict[Any, np.dtype]]:
     return torch, {theirs: np.dtype(ours) for theirs, ours in kinds.items()}
 
 
+def _is_count(value: Any) -> bool:
+    torch, _ = _torch_kinds()
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, int)
+
+
 class TorchReader:
     """The tensors of a `.pt` file with a flat state dict; a `Reader` of the rule engine.
 
@@ -78,9 +86,9 @@ class TorchReader:
     def __init__(self, path: pathlib.Path) -> None:
         self.place, self._path = str(path), path
         self._tensors = self._load()
-        counters = [name for name in _COUNTERS if isinstance(self._tensors.get(name), int)]
+        counters = [name for name in _COUNTERS if _is_count(self._tensors.get(name))]
         if counters:
-            said = ", ".join(f"{name} {self._tensors[name]}" for name in counters)
+            said = ", ".join(f"{name} {int(self._tensors[name])}" for name in counters)
             logging.info("%s: is of a training (%s); these counters are left out", path, said)
         self._names = {
             name: self._describe(name, value) for name, value in self._tensors.items() if name not in counters
@@ -98,6 +106,10 @@ class TorchReader:
     def _describe(self, name: str, value: Any) -> tuple[Shape, np.dtype]:
         torch, kinds = _torch_kinds()
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            if isinstance(value, dict) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
+                raise UserError(
+                    f"{self.place}: its tensors lie under the key '{name}'; save what is there as a file of its own"
+                )
             raise UserError(f"{self.place}: {name} is a {type(value).__name__} and no plain tensor; give a state dict")
         if value.dtype not in kinds:
             kind = str(value.dtype).removeprefix("torch.")
@@ -112,7 +124,7 @@ class TorchReader:
         """The block `index` of a tensor, in its own dtype, a view of the file; UserError for values that are not finite."""
         if self._num_bytes > _MAPPED_BYTES:
             self._tensors, self._num_bytes = self._load(), 0
-        values = _as_numpy(self._tensors[name])[(*index, ...)]
+        values = as_numpy(self._tensors[name])[(*index, ...)]
         self._num_bytes += values.nbytes
         # The least and the greatest pass NaN on, and need no array beside.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
@@ -140,8 +152,8 @@ def _bits(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
-def _as_numpy(tensor: Any) -> Shaped[np.ndarray, "..."]:
-    """The tensor's memory, which numpy cannot name where it is bf16."""
+def as_numpy(tensor: Any) -> Shaped[np.ndarray, "..."]:
+    """A tensor's memory, which numpy cannot name where it is bf16."""
     torch, tensor = import_official("torch"), tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)

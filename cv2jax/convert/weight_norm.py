@@ -20,9 +20,12 @@ Pair = tuple[str, str]
 
 
 def fold(g: Float[np.ndarray, "n *ones"], v: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "n *rest"]:
-    """g · v / ‖v‖ with the norm over all axes but the first, in v's dtype; 0 where v is, which torch makes NaN."""
+    """g · v / ‖v‖ with the norm over all axes but the first, in fp32; 0 where v is, which torch makes NaN.
+
+    Of a pair of another type too: the official loader makes both fp32 before they are multiplied.
+    """
     norm = _norm(v)
-    return (v * (g.astype(np.float64) / np.where(norm == 0, 1, norm))).astype(v.dtype)
+    return (v.astype(np.float32) * (g.astype(np.float64) / np.where(norm == 0, 1, norm))).astype(np.float32)
 
 
 def unfold(kernel: Float[np.ndarray, "n *rest"]) -> tuple[Float[np.ndarray, "n *ones"], Float[np.ndarray, "n *rest"]]:
@@ -32,7 +35,9 @@ def unfold(kernel: Float[np.ndarray, "n *rest"]) -> tuple[Float[np.ndarray, "n *
 
 
 def _norm(v: Float[np.ndarray, "n *rest"]) -> Float[np.ndarray, "n *ones"]:
-    return np.sqrt(np.sum(np.square(v, dtype=np.float64), axis=tuple(range(1, v.ndim)), keepdims=True))
+    return np.sqrt(
+        np.sum(np.square(v.astype(np.float32), dtype=np.float64), axis=tuple(range(1, v.ndim)), keepdims=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +57,15 @@ class FoldedReader:
     def names(self) -> Mapping[str, tuple[Shape, np.dtype]]:
         """Shape and dtype of every tensor, folded."""
         theirs = self.reader.names()
-        folded = {name: theirs[v] for name, (_, v) in self._pairs.items()}
-        halves = {half for pair in self._pairs.values() for half in pair}
+        folded = {name: (theirs[v][0], np.dtype(np.float32)) for name, (_, v) in self.pairs.items()}
+        halves = {half for pair in self.pairs.values() for half in pair}
         return {name: facts for name, facts in theirs.items() if name not in halves} | folded
 
     def read(self, name: str, index: Index) -> Shaped[np.ndarray, "..."]:
         """The block `index` of a tensor; of a pair all of the rows is read, whose norm it takes."""
-        if name not in self._pairs:
+        if name not in self.pairs:
             return self.reader.read(name, index)
-        g, v = self._pairs[name]
+        g, v = self.pairs[name]
         shape = self.reader.names()[v][0]
         rows, rest = index[:1], tuple(index[1:])
         whole = (slice(None),) * (len(shape) - 1)
@@ -68,14 +73,14 @@ class FoldedReader:
 
     def pair(self, name: str) -> tuple[Shaped[np.ndarray, "n *ones"], Shaped[np.ndarray, "n *rest"]] | None:
         """(g, v) of a folded kernel as the file has them; None of a tensor that is no pair."""
-        if name not in self._pairs:
+        if name not in self.pairs:
             return None
         theirs = self.reader.names()
-        g, v = (self.reader.read(half, (slice(None),) * len(theirs[half][0])) for half in self._pairs[name])
+        g, v = (self.reader.read(half, (slice(None),) * len(theirs[half][0])) for half in self.pairs[name])
         return g, v
 
     @functools.cached_property
-    def _pairs(self) -> dict[str, Pair]:
+    def pairs(self) -> dict[str, Pair]:
         """Folded name → (name of g, name of v)."""
         theirs = self.reader.names()
         found = {}

@@ -33,8 +33,9 @@ from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config
 from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.result import STAGES, Pcm
 from cv2jax.synthesis.sampling import RequestSampler
-from cv2jax.synthesis.session import Pcm, Session
+from cv2jax.synthesis.session import Session
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, TOKENS_PER_SECOND, Stages
 from cv2jax.synthesis.voice import Voice, load_voice, voices_in
 from cv2jax.tasks.engine import EngineOptions, load_engine
@@ -45,6 +46,7 @@ from cv2jax.text.tokenizer import train_text_tokenizer
 _PROMPT_TOKENS, _PROMPT_TEXT, _TEXT, _DRAWN = 87, 20, 40, 250  # ids and speech tokens of the scenario
 _SOAK, _SETTLED = 200, 60  # requests; from this one on memory must not grow
 _CPU_FACTOR = 5.0  # real-time factor that hops are planned for at official size on a CPU: there nothing keeps up
+_SOAKED = ("ok", "hit_limit", "cancelled")  # how a request of the soak may end
 _MEGABYTE = 1 << 20
 _BYTES = 300  # ids of a tokenizer that has merged nothing: one a byte
 
@@ -217,7 +219,7 @@ def _case(case: str, work: Workload, repeats: int, number: int, words: list[str]
         (f"{case}: longest time between frames, of {len(runs[0][1][0].frames)}", "s", intervals),
         (f"{case}: a player waits at most", "s", of_all(lambda heard: max(one.longest_wait for one in heard))),
     ]
-    for stage in ("text", "lm", "flow", "vocoder"):
+    for stage in STAGES:
         mean = lambda heard, stage=stage: statistics.mean(one.session.seconds[stage] for one in heard)  # noqa: E731
         figures.append((f"{case}: {stage}", "s", of_all(mean)))
     return figures
@@ -233,26 +235,46 @@ class Soaked:
 
 
 def soak(engine: Engine, voice: Voice, text: str, *, num_requests: int = _SOAK, num_tokens: int = 30) -> Soaked:
-    """Requests of mixed modes, lengths, speeds and seeds, two at a time, a fifth of which are cancelled on the way."""
+    """Requests of mixed modes, lengths, speeds and seeds, two at a time, a fifth of which are cancelled on the way.
+
+    The words of those whose text arrives are pushed while the others run. RuntimeError for one that ends in another way than
+    `ok`, `hit_limit` or `cancelled`.
+    """
     rng, statuses = random.Random(0), []
     megabytes, num_arrays = [], []
     source = np.arange(num_tokens, dtype=np.int32) % engine.stages.mel.num_speech_tokens
     for number in range(0, num_requests, 2):
         sessions = [_mixed(engine, voice, text, source, rng, number + i) for i in range(2)]
+        words = {session: text.split() for session in sessions if session.request.arriving}
         victims = [session for session in sessions if rng.random() < 0.2]
         for session in victims:
             for _ in range(rng.randrange(4)):
+                _push_words(words)
                 engine.advance()
             session.cancel()
-        while engine.advance():
+        while _push_words(words) | engine.advance():
             for session in sessions:
                 session.take()
-        statuses += [session.result.status for session in sessions]
-        del sessions, victims
+        results = [session.result for session in sessions]
+        if bad := [result for result in results if result.status not in _SOAKED]:
+            raise RuntimeError(f"soak, requests {number} and {number + 1}: {bad}")
+        statuses += [result.status for result in results]
+        del sessions, victims, words
         gc.collect()
         megabytes += [_resident_mb()] * 2
         num_arrays += [len(jax.live_arrays())] * 2
     return Soaked(megabytes=megabytes, num_arrays=num_arrays, statuses=statuses)
+
+
+def _push_words(words: dict[Session, list[str]]) -> bool:
+    """The next word to each session whose text arrives, behind the last its end; whether there was one to push."""
+    for session, rest in list(words.items()):
+        if rest:
+            session.push_text(rest.pop(0) + " ")
+        else:
+            session.flush()
+            del words[session]
+    return bool(words)
 
 
 def _mixed(engine: Engine, voice: Voice, text: str, source: np.ndarray, rng: random.Random, seed: int) -> Session:
@@ -261,11 +283,10 @@ def _mixed(engine: Engine, voice: Voice, text: str, source: np.ndarray, rng: ran
     common: dict[str, Any] = {"voice": voice, "seed": seed, "speed": rng.choice((1.0, 1.0, 0.8, 1.3))}
     if mode == "conversion":
         return engine.open(Request(mode=mode, source_tokens=source[:number], **common))
-    common |= {"min_length": number, "max_length": number, "text": text}
+    common |= {"min_length": number, "max_length": number}
     if mode == "arriving":
-        session = engine.open(Request(arriving=True, **common))
-        session.flush()
-        return session
+        return engine.open(Request(arriving=True, **common))
+    common["text"] = text
     return engine.open(Request(mode=mode, instruct="softly" if mode == "instruct" else "", **common))
 
 

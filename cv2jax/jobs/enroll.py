@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
@@ -20,12 +20,11 @@ from cv2jax.data.embeddings import EmbeddingFile
 from cv2jax.synthesis.bundle_files import is_bundle
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
 from cv2jax.synthesis.encoders import Encoders, load_bundle_encoders
-from cv2jax.synthesis.stages import LOOKAHEAD
-from cv2jax.synthesis.trim import TOKENS_PER_SECOND, best_lengths, num_fed_again, plan_cut
+from cv2jax.synthesis.stages import LOOKAHEAD, TOKENS_PER_SECOND
+from cv2jax.synthesis.trim import best_lengths, num_fed_again, plan_cut
 from cv2jax.synthesis.voice import Voice, check_voice_path, save_voice
 from cv2jax.text.tags import END_OF_PROMPT, check_tags
 
-_USUAL_CHUNK = 25  # tokens: hops of a second
 _SHOWN = 12  # digits of a hash
 
 
@@ -39,9 +38,7 @@ class EnrollOptions:
     seed: int = 0  # of the noise that its frames start from
     embedding_from: tuple[str, ...] = ()  # more recordings of the speaker
     speaker_embedding: str = ""  # FILE.npz:ID of `cv2jax embed`, in place of the speaker encoder
-    chunk: int | None = (
-        None  # of the mask that will stream, in tokens; None: 25 or the least that the flow was trained for
-    )
+    chunk: int | None = None  # of the mask that will stream, in tokens; None: that of `stream_mask`
     trim: bool = True
 
 
@@ -78,8 +75,8 @@ def enroll(
         return EnrollResult(voice=voice)
     assert model is not None
     with_speaker = not options.speaker_embedding
-    chunks, longest, load = _open_encoders(model, with_speaker)
-    chunk = options.chunk or _find_chunk(chunks)
+    streams, longest, load = _open_encoders(model, with_speaker)
+    chunk = options.chunk or streams
     clip, findings, cut_start, cut_end = _prepare(audio, options, chunk)
     more = [_load(path, longest)[0] for path in options.embedding_from]
     encoders = load()
@@ -124,18 +121,18 @@ def enroll(
 
 def _open_encoders(
     model: str | os.PathLike[str], with_speaker: bool
-) -> tuple[Sequence[int], float, Callable[[], Encoders]]:
-    """(chunks of the flow, seconds of a recording at most, what loads the encoders); all that is missing shows here."""
+) -> tuple[int | None, float, Callable[[], Encoders]]:
+    """(tokens of the flow's chunk, seconds of a recording at most, what loads the encoders); all that is missing shows here."""
     if is_bundle(model):
         encoders = load_bundle_encoders(model)
         if with_speaker and encoders.embed is None:
             raise UserError(f"{model}: the bundle has no speaker encoder; give --speaker_embedding FILE.npz:ID")
-        return encoders.chunks, MAX_SECONDS, lambda: encoders
+        return encoders.chunk, MAX_SECONDS, lambda: encoders
     from cv2jax.tasks import model_encoders  # flax and Orbax, which a bundle does without
 
     model_encoders.require_encoders(model, with_speaker=with_speaker)
     load = functools.partial(model_encoders.load_encoders, model, with_speaker=with_speaker)
-    return model_encoders.trained_chunks(model), model_encoders.LONGEST_SECONDS, load
+    return model_encoders.stream_chunk(model), model_encoders.LONGEST_SECONDS, load
 
 
 def _speaker_hash(model: str | os.PathLike[str]) -> tuple[str, str]:
@@ -221,13 +218,6 @@ def _prepare(audio: str, options: EnrollOptions, chunk: int | None) -> tuple[Aud
     cut = plan_cut(len(clip.waveform), clip.rate_hz, measures, chunk=chunk, lookahead=LOOKAHEAD)
     kept = dataclasses.replace(clip, waveform=np.ascontiguousarray(clip.waveform[cut.start : cut.end]))
     return kept, findings, cut.start / clip.rate_hz, (len(clip.waveform) - cut.end) / clip.rate_hz
-
-
-def _find_chunk(chunks: Sequence[int]) -> int | None:
-    """The chunk that a flow trained in these will most likely stream in; None where that is not known."""
-    sizes = sorted({size for size in chunks if size > 0})
-    longer = [size for size in sizes if size > 1] or sizes  # a chunk of one token suits any prompt
-    return _USUAL_CHUNK if _USUAL_CHUNK in longer else next(iter(longer), None)
 
 
 def _read_embedding(model: str | os.PathLike[str] | None, place: str) -> tuple[Float32[np.ndarray, " E"], str]:

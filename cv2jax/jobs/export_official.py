@@ -27,13 +27,14 @@ from cv2jax.convert.official import (
     write_hift,
     write_llm,
 )
-from cv2jax.convert.official_sizes import describe_sizes, differing_sizes, streaming_chunk
+from cv2jax.convert.official_sizes import describe_sizes, differing_sizes
 from cv2jax.convert.official_template import make_yaml
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.onnx_graphs import write_campplus_onnx, write_estimator_onnx, write_speech_tokenizer_onnx
-from cv2jax.convert.qwen import CONFIG, INDEX, WEIGHTS, read_backbone_config, save_backbone
+from cv2jax.convert.qwen import CONFIG, read_backbone_config, save_backbone
 from cv2jax.convert.speakers import read_speakers, write_speakers
 from cv2jax.convert.staging import staged_directory
+from cv2jax.jobs.official_checks import check_backbone_files, still_sound, warn_of_differences
 from cv2jax.jobs.official_files import (
     BACKBONE,
     ESTIMATOR,
@@ -80,7 +81,7 @@ class OfficialOptions:
 
     runs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # stage → workdir, in place of the directory's
     lora: str = ""  # side file that was trained on the language model's run
-    hift_names: str = "parametrised"  # a key of HIFT_NAMES
+    hift_names: str = ""  # a key of HIFT_NAMES; "": as the imported file had them, else parametrised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def export_official(
     the official code cannot build, for values that are not finite, and for a place that holds something.
     """
     out = pathlib.Path(out)
-    if options.hift_names not in HIFT_NAMES:
+    if options.hift_names not in ("", *HIFT_NAMES):
         raise UserError(f"--hift_names {options.hift_names}: choose {' or '.join(HIFT_NAMES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; give a new place")
@@ -190,10 +191,7 @@ def _require_fit(found: _Model) -> None:
     if len({value for value in learnt.values() if value}) > 1:
         said = " and ".join(f"{found.runs[stage]} of {value[:_SHOWN]}" for stage, value in learnt.items())
         raise UserError(f"{said} learnt from tokens of different speech tokenizers; give runs on one")
-    if not streaming_chunk(found.flow):
-        logging.warning("%s: was not trained for chunks; the official stream will see all at each hop", flow_run)
-    if found.flow.temperature != 1:
-        logging.warning("%s: speaks at temperature %g; the official code at 1", flow_run, found.flow.temperature)
+    warn_of_differences(run, load_run(run)["facts"].get("prefix", "none"), flow_run, found.flow)
 
 
 def _write_encoders(found: _Model, place: pathlib.Path) -> None:
@@ -251,7 +249,7 @@ def _write_flow(found: _Model, place: pathlib.Path, mesh: Mesh) -> int:
     config, params = load_flow(found.runs["flow_matching"], mesh)
     write_flow(place / FLOW_FILE, params)
     kept = found.kept.find(ESTIMATOR)
-    if kept is not None and found.is_unchanged("flow_matching"):
+    if kept is not None and found.is_unchanged("flow_matching") and still_sound(kept):
         shutil.copyfile(kept, place / ESTIMATOR)
     else:
         write_estimator_onnx(place / ESTIMATOR, config, params)
@@ -265,7 +263,7 @@ def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh, lora: str) -> int:
     write_llm(place / LLM_FILE, params)
     kept = found.kept.find(BACKBONE)
     if kept is not None and _still_fits(kept, found):
-        shutil.copytree(kept, place / BACKBONE)
+        shutil.copytree(kept, place / BACKBONE, ignore=shutil.ignore_patterns(".*"))
     else:
         finish = functools.partial(_finish_backbone, found.tokenizer)
         save_backbone(params, found.lm.backbone, place / BACKBONE, dtype="bfloat16", finish=finish)
@@ -286,8 +284,13 @@ def _still_fits(kept: pathlib.Path, found: _Model) -> bool:
     ours = dataclasses.replace(
         found.lm.backbone, remat=theirs.remat, scan_layers=theirs.scan_layers, dtype=theirs.dtype
     )
-    has_weights = any((kept / name).is_file() for name in (WEIGHTS, INDEX, "pytorch_model.bin"))
-    return has_weights and theirs == ours and load_text_tokenizer(kept).hash == found.tokenizer.hash
+    if theirs != ours or load_text_tokenizer(kept).hash != found.tokenizer.hash:
+        return False
+    try:
+        return check_backbone_files(kept, theirs)
+    except UserError as error:
+        logging.warning("%s; a new one is written", error)
+        return False
 
 
 def _write_yaml(found: _Model, place: pathlib.Path) -> None:

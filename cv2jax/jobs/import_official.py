@@ -20,16 +20,17 @@ from cv2jax.audio.mel import FLOW_MEL
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.convert.campplus import campplus_rules
 from cv2jax.convert.official import FLOW_FILE, HIFT_FILE, LLM_FILE, HiftReader, read_flow, read_hift, read_llm
+from cv2jax.convert.official_settings import require_parts, require_settings
 from cv2jax.convert.official_sizes import read_flow_sizes, read_hift_sizes, read_lm_sizes
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.onnx_graphs import UnknownGraph, read_campplus_onnx, read_speech_tokenizer_onnx
-from cv2jax.convert.qwen import CONFIG, read_backbone_config
+from cv2jax.convert.qwen import CARRIED, CONFIG, read_backbone_config
 from cv2jax.convert.rules import load_tree
-from cv2jax.convert.speakers import read_speakers
 from cv2jax.convert.speech_tokenizer import speech_tokenizer_rules
 from cv2jax.convert.staging import staged_directory
 from cv2jax.convert.torch_file import TorchReader
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
+from cv2jax.jobs.official_checks import check_backbone_files, check_estimator
 from cv2jax.jobs.official_files import (
     BACKBONE,
     ESTIMATOR,
@@ -45,7 +46,7 @@ from cv2jax.jobs.official_files import (
     keep_files,
     list_files,
 )
-from cv2jax.jobs.official_voices import file_stem, voice_of
+from cv2jax.jobs.official_voices import file_stem, read_voices
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow
 from cv2jax.models.hift_vocoder.config import HiftTrainingConfig, HiftVocoderConfig
@@ -55,7 +56,7 @@ from cv2jax.models.speaker_encoder import model as speaker_model
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, tokenizer_hash
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.models.text_speech_lm.model import init_params as init_lm
-from cv2jax.synthesis.voice import SUFFIX, Voice, save_voice
+from cv2jax.synthesis.voice import SUFFIX, save_voice
 from cv2jax.tasks.model_directory import EMBEDDINGS_FACT, VOICES
 from cv2jax.text.tokenizer import TextTokenizer, load_text_tokenizer
 from cv2jax.train.checkpoint import save_frugally
@@ -63,6 +64,8 @@ from cv2jax.train.gan_step import GENERATOR
 from cv2jax.train.run import save_or_compare
 
 _SHOWN = 8  # names in a message
+# Upstream's own, which say nothing to a loader.
+_PAPERS = ("config.json", "configuration.json", "README.md", "asset/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,7 @@ def _look(directory: pathlib.Path) -> _Official:
     _require_files(directory, files)
     place = directory / YAML
     yaml, backbone = YamlSizes(read_yaml(place), place), directory / BACKBONE
+    require_parts(yaml, str(place))
     qwen = read_backbone_config(backbone)
     lm_names = TorchReader(directory / LLM_FILE).names()
     lm = read_lm_sizes(yaml, str(place), qwen, str(backbone / CONFIG), lm_names)
@@ -126,6 +130,7 @@ def _look(directory: pathlib.Path) -> _Official:
         require_mel(hift, FLOW_MEL)
     except UserError as error:
         raise UserError(f"{place}: feat_extractor, hift: {error}") from None
+    require_settings(yaml, str(place), lm, flow, hift)
     if lm.num_speech_tokens != flow.num_speech_tokens:
         raise UserError(
             f"{place}: llm.speech_token_size is {lm.num_speech_tokens}, and flow.vocab_size {flow.num_speech_tokens}; give"
@@ -137,9 +142,13 @@ def _look(directory: pathlib.Path) -> _Official:
             f"{backbone}: its tokenizer has ids up to {tokenizer.vocabulary_size - 1}, and the text table of {LLM_FILE} has"
             f" {lm.backbone.vocabulary_size} rows; give files of one model"
         )
-    prints = {stage: fingerprint(directory / file) for stage, file in FILE_OF.items()}
+    if not check_backbone_files(backbone, lm.backbone):
+        logging.warning("%s: has no weights; an export will write some, as upstream wants to see them", backbone)
+    if ESTIMATOR in files:
+        check_estimator(directory / ESTIMATOR)
     if SPEAKERS in files:  # soon, not when gigabytes are read
-        _read_voices(directory, tokenizer, flow, {"speech_tokenizer": "", "speaker_encoder": ""})
+        read_voices(directory / SPEAKERS, tokenizer, flow, {"speech_tokenizer": "", "speaker_encoder": ""})
+    prints = {stage: fingerprint(directory / file) for stage, file in FILE_OF.items()}
     return _Official(directory=directory, files=files, lm=lm, flow=flow, hift=hift, tokenizer=tokenizer, prints=prints)
 
 
@@ -236,25 +245,10 @@ def _write_run(
 def _import_voices(source: _Official, place: pathlib.Path, hashes: dict[str, str]) -> tuple[str, ...]:
     if SPEAKERS not in source.files:
         return ()
-    voices = _read_voices(source.directory, source.tokenizer, source.flow, hashes)
+    voices = read_voices(source.directory / SPEAKERS, source.tokenizer, source.flow, hashes)
     for speaker, voice in voices.items():
         save_voice(place / VOICES / f"{file_stem(speaker)}{SUFFIX}", voice)
     return tuple(voices)
-
-
-def _read_voices(
-    directory: pathlib.Path, tokenizer: TextTokenizer, flow: FlowMatchingConfig, hashes: dict[str, str]
-) -> dict[str, Voice]:
-    voices = {}
-    for speaker, entry in read_speakers(directory / SPEAKERS).items():
-        voice = voices[speaker] = voice_of(speaker, entry, tokenizer, hashes)
-        voice.check()
-        if len(voice.speaker_embedding) != flow.speaker_dim:
-            raise UserError(
-                f"{directory / SPEAKERS}: speaker '{speaker}' has an embedding of {len(voice.speaker_embedding)}, and {YAML}"
-                f" says flow.spk_embed_dim {flow.speaker_dim}; give files of one model"
-            )
-    return voices
 
 
 def _keep(source: _Official, place: pathlib.Path, stages: set[str]) -> tuple[str, ...]:
@@ -263,7 +257,7 @@ def _keep(source: _Official, place: pathlib.Path, stages: set[str]) -> tuple[str
     known = {YAML, HIFT_FILE, SPEAKERS, ESTIMATOR}
     converted = {file for stage, file in FILE_OF.items() if stage in stages} - known
     names = [name for name in source.files if name not in converted]
-    unknown = [n for n in names if n not in (*known, *FILE_OF.values()) and not _is_backbone(n) and not derived_from(n)]
+    unknown = [n for n in names if n not in (*known, *FILE_OF.values()) and not _is_known(n)]
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         said = ", ".join(unknown[:_SHOWN]) + more
@@ -272,11 +266,12 @@ def _keep(source: _Official, place: pathlib.Path, stages: set[str]) -> tuple[str
     return tuple(names)
 
 
-def _is_backbone(name: str) -> bool:
-    """Whether a file is one of the Qwen2 directory that we know."""
-    parts = name.split("/")
-    known = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-    return len(parts) == 2 and parts[0] == BACKBONE and (parts[1] in known or parts[1].startswith("model"))
+def _is_known(name: str) -> bool:
+    """Whether a file is one that upstream has too: of the Qwen2 directory, beside the model, or made of its weights."""
+    folder, _, file = name.partition("/")
+    if folder == BACKBONE:
+        return file in (CONFIG, *CARRIED) or file.startswith(("model", "pytorch_model"))
+    return name.startswith(_PAPERS[-1]) or name in _PAPERS or derived_from(name) is not None
 
 
 @functools.lru_cache(maxsize=8)  # tracing takes seconds

@@ -10,7 +10,7 @@ import json
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cv2jax.config import UserError
 from cv2jax.convert.official import FLOW_FILE, HIFT_FILE, LLM_FILE
@@ -46,8 +46,21 @@ def derived_from(name: str) -> str | None:
 
 
 def list_files(directory: pathlib.Path) -> list[str]:
-    """All files under a directory, links followed, as sorted relative paths."""
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    """All files under a directory, links followed, as sorted relative paths; nothing whose name starts with a dot."""
+    return sorted(path.relative_to(directory).as_posix() for path in _walk(directory, frozenset()))
+
+
+def _walk(place: pathlib.Path, above: frozenset[tuple[int, int]]) -> Iterator[pathlib.Path]:
+    about = place.stat()
+    if (here := (about.st_dev, about.st_ino)) in above:  # a link back up
+        return
+    for path in place.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, above | {here})
+        elif path.is_file():
+            yield path
 
 
 def fingerprint(path: pathlib.Path) -> str:

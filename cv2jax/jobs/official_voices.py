@@ -1,14 +1,20 @@
 """Entries of the official `spk2info.pt` as our voices, and back (spec/official.md 1.3, 2.4)."""
 
+import pathlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from cv2jax.config import UserError
-from cv2jax.synthesis.voice import FRAMES_PER_TOKEN, Voice
+from cv2jax.convert.speakers import read_speakers
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
+from cv2jax.synthesis.voice import SUFFIX, Voice
 from cv2jax.text.tokenizer import TextTokenizer
 
 # What `add_zero_shot_spk` saves (spec/official.md 1.3), and the one key of a speaker-only entry.
@@ -19,6 +25,7 @@ _LM_TOKENS, _EMBEDDING, _LM_EMBEDDING, _SPEAKER = (
     "llm_embedding",
     "embedding",
 )
+_MAX_NAME = 255  # bytes
 _UNFIT = re.compile(r"[/\\\x00-\x1f%]|^\.")  # in the name of a file
 
 
@@ -30,6 +37,61 @@ def file_stem(speaker: str) -> str:
 def speaker_of(stem: str) -> str:
     """The id of the speaker in a file."""
     return re.sub("%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), stem)
+
+
+def read_voices(
+    path: pathlib.Path, tokenizer: TextTokenizer, flow: FlowMatchingConfig, hashes: Mapping[str, str]
+) -> dict[str, Voice]:
+    """The voices of a spk2info.pt by their ids, for a flow and a text tokenizer; `hashes` as `voice_of`.
+
+    Raises UserError, naming file and speaker, for ids that cannot be names of files, and for entries that `voice_of` or
+    `Voice.check` refuse, or that are of another model: embeddings of another size, tokens that its codebook has not.
+    """
+    entries = read_speakers(path)
+    _check_ids(path, list(entries))
+    voices = {}
+    for speaker, entry in entries.items():
+        try:
+            voice = voices[speaker] = voice_of(speaker, entry, tokenizer, hashes)
+            voice.check()
+            _check_fit(voice, flow)
+        except UserError as error:
+            place = f"{path}: speaker '{speaker}': "
+            said = str(error).removeprefix(f"{path.name}: speaker '{speaker}': ").removeprefix(f"{speaker}: ")
+            raise UserError(place + said) from None
+    return voices
+
+
+def _check_fit(voice: Voice, flow: FlowMatchingConfig) -> None:
+    if len(voice.speaker_embedding) != flow.speaker_dim:
+        raise UserError(
+            f"has an embedding of {len(voice.speaker_embedding)}, and cosyvoice2.yaml says flow.spk_embed_dim"
+            f" {flow.speaker_dim}; give files of one model"
+        )
+    if len(voice.speech_tokens) and (largest := int(voice.speech_tokens.max())) >= flow.num_speech_tokens:
+        raise UserError(
+            f"has speech token {largest}, and the model's are 0 … {flow.num_speech_tokens - 1}; give files of one model"
+        )
+
+
+def _check_ids(path: pathlib.Path, speakers: list[str]) -> None:
+    """Raises UserError for ids of which no file system, or not each one, makes names of different files."""
+    known: dict[str, str] = {}
+    for speaker in speakers:
+        try:
+            size = len(f"{file_stem(speaker)}{SUFFIX}".encode())
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: speaker {speaker!r}: its id is no valid Unicode; give it another") from None
+        if not speaker or size > _MAX_NAME:
+            why = f"makes a name of {size} bytes, and a file's has {_MAX_NAME} at most" if speaker else "is empty"
+            raise UserError(f"{path}: speaker '{speaker[:40]}': its id {why}; give it another")
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", speaker).casefold())
+        if folded in known:
+            raise UserError(
+                f"{path}: speakers {known[folded]!r} and {speaker!r}: their files have one name where case or accents do"
+                " not count; give one of them another id"
+            )
+        known[folded] = speaker
 
 
 def voice_of(speaker: str, entry: Mapping[str, Any], tokenizer: TextTokenizer, hashes: Mapping[str, str]) -> Voice:
@@ -67,8 +129,8 @@ def voice_of(speaker: str, entry: Mapping[str, Any], tokenizer: TextTokenizer, h
 def _row(entry: Mapping[str, Any], key: str, dtype: type, place: str, num_axes: int = 1) -> np.ndarray:
     """The one row of an array [1, …]."""
     value = entry.get(key)
-    kind = np.floating if dtype is np.float32 else np.integer
-    if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, kind):
+    kind = jnp.floating if dtype is np.float32 else jnp.integer  # of which bf16 is one to JAX alone
+    if not isinstance(value, np.ndarray) or not jnp.issubdtype(value.dtype, kind):
         raise UserError(f"{place}: {key} is {'missing' if value is None else 'of another kind'}; save it again")
     if value.ndim != num_axes + 1 or len(value) != 1:
         raise UserError(f"{place}: {key} has shape {list(value.shape)}, and must be one row; save it again")

@@ -17,8 +17,9 @@ from cv2jax.files import whole_file
 from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.result import Pcm, Result
 from cv2jax.synthesis.sampling import SamplingOptions
-from cv2jax.synthesis.session import Pcm, Result, Session
+from cv2jax.synthesis.session import Session
 from cv2jax.synthesis.voice import Voice, load_voice
 from cv2jax.tasks.engine import EngineOptions, load_engine
 from cv2jax.tasks.model_directory import find_voice
@@ -47,7 +48,8 @@ class SynthesizeOptions:
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     min_length: int | None = None
     max_length: int | None = None
-    chunk: int | None = None  # as `EngineOptions`
+    chunk: int | None = None  # as `EngineOptions`, and the next
+    left: int | None = None
     real_time_factor: float = 0.5  # as `HopPlan`
 
 
@@ -57,13 +59,15 @@ def synthesize(
     out: str,
     options: SynthesizeOptions,
     *,
+    on_open: Callable[[int], None] | None = None,
     on_frame: Callable[[Pcm, Session], None] | None = None,
 ) -> Result:
     """Speaks `text`, whole or piece by piece as it comes, to `out`: a .wav file, or PIPE for raw PCM to standard output.
 
-    A file is written whole or not at all, at the end, and only where the result is one of WHOLE; the pipe gets each frame,
-    16-bit little-endian mono, when it is made. `on_frame` is told of each. Raises UserError for a model, voice, text or place
-    that will not do, before anything is spoken; BrokenPipeError where nobody reads the pipe any more.
+    A piece that ends with a line break is heard to its end before the next one is waited for. A file is written whole or not
+    at all, at the end, and only where the result is one of WHOLE; the pipe gets each frame, 16-bit little-endian mono, when it
+    is made. `on_open` is told the samples a second, before the first frame, `on_frame` of each. Raises UserError for a model,
+    voice, text or place that will not do, before anything is spoken; BrokenPipeError where nobody reads the pipe any more.
     """
     if out != PIPE:
         check_out(out)
@@ -71,8 +75,12 @@ def synthesize(
     plan.validate()
     voice = load_voice(find_voice(model, options.voice))
     request = make_request(voice, text, options)
-    settings = {"chunk": options.chunk, "normalizer": options.normalizer}
-    engine = load_engine(model, EngineOptions(sampling=sampling, plan=plan, **settings))
+    settings = {"chunk": options.chunk, "left": options.left, "normalizer": options.normalizer}
+    engine_options = EngineOptions(sampling=sampling, plan=plan, **settings)
+    engine_options.validate()
+    engine = load_engine(model, engine_options)
+    if on_open is not None:
+        on_open(engine.stages.wave.mel_definition.rate_hz)
     pieces = iter(()) if isinstance(text, str) else iter(text)
     return speak(engine, request, pieces, out, on_frame)
 
@@ -86,7 +94,7 @@ def speak(
 ) -> Result:
     """`synthesize` with a loaded engine: the request, then the `pieces` of its text as they come."""
     session, frames = engine.open(request), []
-    pipe = sys.stdout.buffer if out == PIPE else None
+    pipe = _open_pipe() if out == PIPE else None
     try:
         for frame in _frames(session, pieces):
             frames.append(frame.samples)
@@ -107,6 +115,12 @@ def make_request(voice: Voice, text: str | Iterable[str], options: SynthesizeOpt
     arriving, mode = not isinstance(text, str), options.mode.replace("-", "_")
     if not mode:
         mode = _guess_mode(voice, options)
+    converts = mode == "conversion"
+    if converts and options.sampling != SamplingOptions():
+        raise UserError("temperature, top_p, top_k: mode conversion draws no tokens; leave them out")
+    if options.normalizer not in (None, "", "none") and (converts or arriving):
+        why = "mode conversion reads no text" if converts else "text that arrives is read as it is"
+        raise UserError(f"normalizer {options.normalizer}: {why}; leave it out" + ("" if converts else ", or --stream"))
     source = load_waveform(options.source, _SOURCE_RATE_HZ) if options.source else None
     request = Request(
         voice=voice,
@@ -142,14 +156,28 @@ def _frames(session: Session, pieces: Iterator[str]) -> Iterator[Pcm]:
     if session.request.arriving:
         for piece in pieces:
             session.push_text(piece)
+            if piece.endswith("\n"):
+                session.end_piece()
             yield from session
         session.flush()
     yield from session
 
 
-def _send(pipe: ByteStream, frame: Pcm) -> None:
-    pipe.write(to_int16(frame.samples).astype("<i2").tobytes())
-    pipe.flush()
+def _open_pipe() -> ByteStream | io.RawIOBase:
+    """Standard output without its buffer, which would try to write again, at the exit, what could not be written."""
+    return getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+
+
+def _send(pipe: ByteStream | io.RawIOBase, frame: Pcm) -> None:
+    """Writes a frame; UserError where there is no room for it, BrokenPipeError where nobody reads it."""
+    rest = memoryview(to_int16(frame.samples).astype("<i2").tobytes())
+    try:
+        while rest:
+            rest = rest[pipe.write(rest) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"--out {PIPE}: standard output cannot be written ({error.strerror or error})") from None
 
 
 def read_lines(stream: ByteStream) -> Iterator[str]:
@@ -168,9 +196,10 @@ def check_out(path: str) -> None:
     place = pathlib.Path(path)
     if place.suffix.lower() != ".wav" or place.is_dir():
         raise UserError(f"--out {path}: give a file that ends in .wav, or - for raw PCM to standard output")
+    # Folders on the way are made with the file, not for a model that is not there.
+    there = next(folder for folder in place.absolute().parents if folder.exists())
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.parent).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); give another file") from None
 

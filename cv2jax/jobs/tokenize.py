@@ -26,6 +26,7 @@ UNKNOWN_SPEAKERS = ("", "unknown")
 # Sizes tried in turn for a vocabulary of our own: the first whose text tokens stand for enough speech each.
 VOCABULARY_SIZES = (320, 400, 500, 640, 800, 1000, 1500, 2000, 4000, 8000, 16_000)
 WANTED_RATIO = 6.0  # speech tokens a text token, in the middle of the 4 … 12 that is checked
+_MAX_CONTINUED = 750  # speech tokens of two utterances: 30 s
 _BLOCK = 1024  # utterances tokenised together
 
 
@@ -40,6 +41,7 @@ class TokenizeResult:
     num_without_text: int
     num_without_speech: int
     num_refused: int  # lines of the manifest that are none, and texts that cannot have their prefix
+    num_continuations: int = 0  # which the other counts leave out
 
     @property
     def ratio(self) -> float:
@@ -59,19 +61,25 @@ def tokenize(
     prefix: str = "none",
     normalizer: str = "",
     num_codes: int = 6561,
+    continuations: bool = False,
 ) -> TokenizeResult:
     """Writes the token corpus `out` of the manifest's utterances that have a text and tokens in the file `speech`.
 
     `text_tokenizer` is the directory of a Qwen2 tokenizer; "" trains a byte-level BPE on `train_split`, of
     `vocabulary_size` (0: the smallest of VOCABULARY_SIZES with WANTED_RATIO), and checks that a text token stands for 4
     to 12 speech tokens. `prefix`, one of PREFIXES, puts each utterance's instruction or speaker in front of its text.
-    `normalizer` ("none", "wetext", "auto") reads texts as synthesis will; "" leaves them as they are. Raises UserError
-    for what cannot be joined at all.
+    `normalizer` ("none", "wetext", "auto") reads texts as synthesis will; "" leaves them as they are. `continuations` adds to
+    `train_split` each utterance behind the one before of its speaker, as zero-shot synthesis puts a text behind a recording:
+    a corpus of single sentences teaches nobody to go on from one. Raises UserError for what cannot be joined at all.
     """
     if prefix not in PREFIXES:
         raise UserError(f"prefix={prefix}: choose one of {', '.join(PREFIXES)}")
     if vocabulary_size and text_tokenizer:
         raise UserError("vocabulary_size is for a tokenizer that is trained here; leave it out with text_tokenizer")
+    if continuations and prefix != "none":
+        raise UserError(
+            f"continuations: a text has its prefix once, in front; leave prefix={prefix} out, or continuations"
+        )
     read = _reader(prefix, normalizer)
     scan, tokens = scan_manifest(manifest), SpeechTokenFile(speech)
     for refusal in scan.refused:
@@ -89,7 +97,8 @@ def tokenize(
         prefix=prefix,
         normalizer=normalizer and active_normalizer(normalizer),
     )
-    counts = dict.fromkeys(("num_utterances", "num_text_tokens", "num_speech_tokens"), 0)
+    counts = dict.fromkeys(("num_utterances", "num_text_tokens", "num_speech_tokens", "num_continuations"), 0)
+    before: dict[str, TokenRecord] = {}  # by speaker
     left_out = _LeftOut(tell=bool(text_tokenizer))  # else training has told
     with TokenCorpusWriter(out, metadata) as writer:
         tokenizer.save(writer.text_tokenizer)
@@ -107,6 +116,12 @@ def tokenize(
                 writer.write(utterance.split, record)
                 counts["num_text_tokens"] += len(text_tokens)
                 counts["num_speech_tokens"] += len(speech_tokens)
+                if continuations and utterance.split == train_split and record.speaker not in UNKNOWN_SPEAKERS:
+                    joined = _continue(before.get(record.speaker), record)
+                    before[record.speaker] = record
+                    if joined is not None:
+                        writer.write(utterance.split, joined)
+                        counts["num_continuations"] += 1
             counts["num_utterances"] += len(block)
         if not counts["num_utterances"]:
             raise UserError(
@@ -161,6 +176,22 @@ def _reader(prefix: str, normalizer: str) -> Callable[[Utterance], str]:
         return text
 
     return read
+
+
+def _continue(before: TokenRecord | None, record: TokenRecord) -> TokenRecord | None:
+    """Both utterances as one; None where there is none before, or they are longer than upstream trains on.
+
+    Each text is tokenised for itself, as a recording's transcript and the text behind it are in synthesis.
+    """
+    if before is None or len(before.speech_tokens) + len(record.speech_tokens) > _MAX_CONTINUED:
+        return None
+    return dataclasses.replace(
+        record,
+        id=f"{before.id}+{record.id}",
+        text=f"{before.text} {record.text}",
+        text_tokens=np.concatenate([before.text_tokens, record.text_tokens]),
+        speech_tokens=np.concatenate([before.speech_tokens, record.speech_tokens]),
+    )
 
 
 Joined = tuple[Utterance, str, np.ndarray]

@@ -1,6 +1,7 @@
 """Chunk masks described in numbers: who sees whom where sequences are cut into chunks; no flax, as a server needs it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -51,6 +52,18 @@ class ChunkMask:
         if self.left is None:
             return seen
         return seen & ((keys >= start - self.left) | (keys < self.prompt))
+
+
+def pick_mask(masks: Sequence[ChunkMask], *, chunk: int | None = None, left: int | None = None) -> ChunkMask:
+    """The first of the masks, or the first with that chunk, else one of that chunk alone; without a prompt.
+
+    Args:
+      chunk: None: that of the first. left: of left context, -1: without an end; None: as in the mask that is found.
+    """
+    chunk = masks[0].chunk if chunk is None else chunk
+    found = next((mask for mask in masks if mask.chunk == chunk), ChunkMask(chunk=chunk))
+    bound = found.left if left is None else None if left < 0 else left
+    return dataclasses.replace(found, left=bound, prompt=0)
 
 
 def _scaled(number: int, factor: int) -> int:

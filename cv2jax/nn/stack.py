@@ -1,5 +1,6 @@
 """A stack of equal blocks: scanned or unrolled, rematerialised by a policy chosen by name."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -84,6 +85,29 @@ def unstack_layers(params: dict[str, Any], names: tuple[str, ...] = ("blocks",))
         else:
             parts = {key: value}
         made |= {name: unstack_layers(part, names) if isinstance(part, dict) else part for name, part in parts.items()}
+    return made
+
+
+def match_layers(params: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """`params` with each stack scanned or unrolled as in `like`, exactly; of `like` only the names count.
+
+    Raises KeyError for a name of `like` that is in neither form of `params`.
+    """
+    made: dict[str, Any] = {}
+    for key, wanted in like.items():
+        inner = (
+            (lambda part, wanted=wanted: match_layers(part, wanted)) if isinstance(wanted, dict) else lambda part: part
+        )
+        name, _, number = key.rpartition("_")
+        if key in params:
+            made[key] = inner(params[key])
+        elif f"{key}_0" in params:
+            layers = sorted((k for k in params if re.fullmatch(rf"{re.escape(key)}_\d+", k)), key=_layer_number)
+            made[key] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(inner(params[k]) for k in layers))
+        elif number.isdigit() and name in params:
+            made[key] = inner(jax.tree.map(lambda leaf, i=int(number): leaf[i], params[name]))
+        else:
+            raise KeyError(key)
     return made
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Float32, Int32
 
 from cv2jax.audio.io import AudioClip, convert_rate
 from cv2jax.config import UserError
+from cv2jax.nn.chunks import NO_CHUNK
 from cv2jax.synthesis.bundle import load_bundle
 from cv2jax.synthesis.bundle_files import EXPORT_AGAIN
-from cv2jax.synthesis.voice import FRAMES_PER_TOKEN
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
 
 Prompt = tuple[Int32[np.ndarray, " P"], Float32[np.ndarray, "F_prompt M"]]
 
@@ -22,7 +23,8 @@ class Encoders:
 
     Attributes:
       encode: a recording → (speech tokens [P], log-mel [2·P M]). embed: recordings → raw embeddings [N E]; None where there is
-        no speaker encoder. speech_tokenizer, speaker_encoder: their hashes. chunks: that the flow was trained to stream in.
+        no speaker encoder. speech_tokenizer, speaker_encoder: their hashes. chunk: tokens that the flow streams in; None: not
+        known.
       stand_ins: whether it learnt from stand-ins for embeddings, made of names.
     """
 
@@ -30,7 +32,7 @@ class Encoders:
     embed: Callable[[Sequence[AudioClip]], Float32[np.ndarray, "N E"]] | None
     speech_tokenizer: str
     speaker_encoder: str
-    chunks: tuple[int, ...] = ()
+    chunk: int | None = None
     stand_ins: bool = False
 
 
@@ -53,6 +55,8 @@ def load_bundle_encoders(path: str | os.PathLike[str]) -> Encoders:
             f" again ({EXPORT_AGAIN} cannot add it)"
         )
 
+    mask = bundle.facts.mask
+
     def encode(clip: AudioClip) -> Prompt:
         tokens = tokenizer.tokenize(convert_rate(clip, tokenizer.rate_hz))
         return fit_prompt(tokens, prompt_mel.make(convert_rate(clip, prompt_mel.rate_hz)))
@@ -66,6 +70,6 @@ def load_bundle_encoders(path: str | os.PathLike[str]) -> Encoders:
         embed=None if speaker is None else embed,
         speech_tokenizer=tokenizer.hash,
         speaker_encoder="" if speaker is None else speaker.hash,
-        chunks=tuple(mask.chunk for mask in bundle.stages.mel.trained),
+        chunk=mask.chunk if mask.chunk < NO_CHUNK else None,
         stand_ins=speaker is not None and bundle.facts.manifest["stand_ins"],
     )

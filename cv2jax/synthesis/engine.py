@@ -21,8 +21,9 @@ from cv2jax.synthesis.mel_whole import WholeMels
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import Prompt, check_tokens
 from cv2jax.synthesis.request import Request, make_pieces, make_prompt_text
+from cv2jax.synthesis.result import STAGES, Result
 from cv2jax.synthesis.sampling import SamplingOptions
-from cv2jax.synthesis.session import Piece, Prepared, Result, Session, StartMel, make_speech_request
+from cv2jax.synthesis.session import Piece, Prepared, Session, StartMel, make_speech_request
 from cv2jax.synthesis.speech_stream import SpeechStreams
 from cv2jax.synthesis.stages import TOKENS_PER_SECOND, Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice, require_voice
@@ -67,16 +68,22 @@ class Engine:
             self._speech = SpeechStreams(
                 stages.speech, options=stages.speech.sampler.options(sampling), num_slots=num_slots
             )
+        self._num_slots = num_slots
         self._sessions: list[Session] = []
         self._holders: dict[int, tuple[Session, Piece]] = {}  # by slot
-        self._voices: OrderedDict[Voice, SolvedVoice] = OrderedDict()
-        self._bare: OrderedDict[Voice, SolvedVoice] = OrderedDict()  # without the recording, for mode speaker
+        self._voices: OrderedDict[str, SolvedVoice] = OrderedDict()  # by digest
+        self._bare: OrderedDict[str, SolvedVoice] = OrderedDict()  # without the recording, for mode speaker
         self._max_voices = max_voices
 
     @functools.cached_property
     def wholes(self) -> WholeMels:
         """The flow of requests that are heard offline; UserError where the stage only streams."""
         return WholeMels(self.stages.mel)
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that the language model serves at once."""
+        return self._num_slots
 
     @property
     def num_open(self) -> int:
@@ -89,29 +96,33 @@ class Engine:
         UserError, in one line, for a request that cannot be (`Request.check`), a voice of another model, text with nothing to
         speak or too long, and a source that cannot be converted.
         """
-        begun = time.perf_counter()
+        times, begun = [], time.perf_counter()
         request.check()
         start_mel = self._make_start(request)
+        times.append(time.perf_counter())
+        source = self._tokenize(request) if request.mode == "conversion" else None
+        times.append(time.perf_counter())
+        prepared = self._prepare(request, start_mel, source)
+        times.append(time.perf_counter())
         mels = self.wholes if request.offline else self.mels
-        start = time.perf_counter()
-        prepared = self._prepare(request, start_mel)
         session = Session(self, prepared, (mels, self.waves), self._plan, begun)
-        session.seconds["text"] += time.perf_counter() - start
-        self._sessions.append(session)
+        session.seconds |= dict(zip(STAGES, np.diff([begun, *times]).tolist(), strict=False))
         if request.arriving and request.text:
             session.push_text(request.text)
+        self._sessions.append(session)
         return session
 
     def enroll(self, voice: Voice, *, with_recording: bool = True) -> SolvedVoice:
         """The voice with its recording solved by the flow; kept for the next requests. UserError where it does not fit."""
-        kept = self._voices if with_recording else self._bare
-        if voice not in kept:
+        voice.check()
+        kept, digest = self._voices if with_recording else self._bare, voice.digest
+        if digest not in kept:
             prompt = self._make_prompt(voice, with_recording=with_recording)
             while len(kept) >= self._max_voices:
                 kept.popitem(last=False)
-            kept[voice] = self.mels.enroll(prompt)
-        kept.move_to_end(voice)
-        return kept[voice]
+            kept[digest] = self.mels.enroll(prompt)
+        kept.move_to_end(digest)
+        return kept[digest]
 
     def _make_prompt(self, voice: Voice, *, with_recording: bool) -> Prompt:
         mel = self.stages.mel
@@ -138,7 +149,10 @@ class Engine:
 
     def advance(self) -> bool:
         """Does one piece of work; False where there is none: all sessions wait for text, or have ended."""
+        before = self.num_open
         self._give_slots()
+        if self.num_open < before:
+            return True  # one was refused: its slot is free
         hops = [(session, hop) for session in self._sessions if (hop := session.next_hop()) is not None]
         ready = min(hops, key=lambda pair: pair[0].num_samples, default=None)
         missing = {session: number for session in self._sessions if (number := session.num_missing()) is not None}
@@ -153,9 +167,13 @@ class Engine:
         return ready is not None
 
     def speak(self, request: Request) -> tuple[Float32[np.ndarray, " W"], Result]:
-        """(waveform, result) of a whole request: the frames of its session behind one another. UserError as `open`."""
-        session = self.open(request)
-        frames = [frame.samples for frame in session]
+        """(waveform, result) of a request, of which no more text comes: the frames of its session behind one another.
+
+        UserError as `open`, and where requests that wait for text hold all slots: it is cancelled then.
+        """
+        with self.open(request) as session:
+            session.flush()
+            frames = [frame.samples for frame in session]
         return np.concatenate([np.zeros(0, np.float32), *frames]), session.result
 
     def release(self, session: Session) -> None:
@@ -166,10 +184,13 @@ class Engine:
             self._sessions.remove(session)
 
     def _give_slots(self) -> None:
-        """Free slots to pieces that have text, in the order in which requests came; new text to those that have a slot."""
+        """Free slots to pieces that have text, new text to those that have a slot.
+
+        First to who has made the least sound, of equals to who came first: a long text does not keep the others waiting.
+        """
         if self._speech is None:
             return
-        for session in list(self._sessions):
+        for session in sorted(self._sessions, key=lambda session: session.num_samples):
             piece = session.piece_to_draw()
             free = self._speech.free
             if piece is not None and free:
@@ -214,9 +235,8 @@ class Engine:
         _, piece = self._holders.pop(slot)
         piece.slot = None
 
-    def _prepare(self, request: Request, start_mel: StartMel) -> Prepared:
-        if request.mode == "conversion":
-            source = self._tokenize(request)
+    def _prepare(self, request: Request, start_mel: StartMel, source: Int32[np.ndarray, " L"] | None) -> Prepared:
+        if source is not None:
             return Prepared(
                 request=request, start_mel=start_mel, prompt_text=_NONE, prompt_speech=_NONE, pieces=[], source=source
             )

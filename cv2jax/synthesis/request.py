@@ -12,6 +12,7 @@ upstream. The vocoder reads the mel of all pieces as one utterance, so at their 
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,7 +62,8 @@ class Request:
     name: str = "request"
 
     def check(self) -> None:
-        """Raises UserError, in one line, for a mode that lacks something or is given what it has no use for."""
+        """Raises UserError, in one line, for a mode that lacks something or has no use for something, and for wrong types."""
+        self._check_types()
         if self.mode not in MODES:
             raise UserError(f"{self.name}: mode '{self.mode}': choose one of {', '.join(MODES)}")
         if not 0 <= self.seed < 1 << 32:
@@ -79,6 +81,17 @@ class Request:
             raise UserError(f"{self.name}: mode {self.mode} speaks a text; for the source choose mode conversion")
         if converts and self.text:
             raise UserError(f"{self.name}: mode conversion has no text; leave it out, or choose another mode")
+        drawn = {"min_length": self.min_length, "max_length": self.max_length, "sampling": self.sampling or None}
+        unused = [name for name, value in (drawn | {"language": self.language or None}).items() if value is not None]
+        if converts and unused:
+            raise UserError(
+                f"{self.name}: mode conversion reads no text and draws no tokens; leave {', '.join(unused)} out"
+            )
+        if self.arriving and self.language:
+            raise UserError(
+                f"{self.name}: language {self.language}: text that arrives is read as it is; leave language out, or give the"
+                " text whole"
+            )
         if bool(self.instruct) != (self.mode == "instruct"):
             mend = "give an instruction" if self.mode == "instruct" else "choose mode instruct, or leave it out"
             raise UserError(f"{self.name}: mode {self.mode} and instruction '{self.instruct[:40]}': {mend}")
@@ -94,6 +107,31 @@ class Request:
                 f"{self.name}: mode zero_shot needs what the recording of {self.voice.name} says; enroll it with --text, or"
                 " choose mode cross_lingual"
             )
+
+    def _check_types(self) -> None:
+        """What only a caller from Python can get wrong."""
+        for name in ("mode", "text", "instruct", "speaker", "language", "name"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise UserError(f"{self.name}: {name} is {_kind(value)}; give a str")
+        for name in ("seed", "min_length", "max_length"):
+            value = getattr(self, name)
+            if not (_is_number(value, numbers.Integral) or (value is None and name != "seed")):
+                raise UserError(f"{self.name}: {name} {value!r}: give a whole number")
+        if not _is_number(self.speed, numbers.Real):
+            raise UserError(f"{self.name}: speed {self.speed!r}: give a number")
+        if not isinstance(self.voice, Voice):
+            raise UserError(f"{self.name}: voice is {_kind(self.voice)}; give what `load_voice` returns")
+        if not isinstance(self.sampling, Mapping):
+            raise UserError(f"{self.name}: sampling is {_kind(self.sampling)}; give a mapping")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def make_prompt_text(request: Request, *, normalizer: str, prefix: str) -> str:

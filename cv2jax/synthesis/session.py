@@ -5,6 +5,7 @@ session whose text is still arriving stops the iteration where it waits for text
 """
 
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,64 +23,21 @@ from cv2jax.synthesis.mel_whole import WholeMel, WholeMels
 from cv2jax.synthesis.plan import HopPlan, Pace
 from cv2jax.synthesis.prompt import NonFinite
 from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.result import STAGES, Pcm, Result
 from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechResult
 from cv2jax.synthesis.speed import SpeedChanger
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
 from cv2jax.synthesis.wave_stream import WaveStreams
 from cv2jax.text import incremental
+from cv2jax.text.tags import TagState, check_more_tags, check_tags_closed
 
 if TYPE_CHECKING:
     from cv2jax.synthesis.engine import Engine
 
 StartMel = Callable[[Key[Array, ""], str], MelStream | WholeMel]  # (key, name of the request) → a piece in its voice
 Streams = tuple[MelStreams | WholeMels, WaveStreams]
-STAGES = ("text", "lm", "flow", "vocoder")
+_HEARD = ("ok", "hit_limit")  # all of the request is sound
 _FOR_SPEECH, _FOR_MEL, _FOR_WAVE = range(3)  # folded into a request's key: no two stages share draws
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Pcm:
-    """Some sound: samples [W] in [-0.99, 0.99], the first of which is number `first_sample` of the request."""
-
-    samples: Float32[np.ndarray, " W"]
-    first_sample: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came of a request.
-
-    Attributes:
-      status: running; ok; hit_limit: a piece came to its max_length; empty: no speech token was drawn; non_finite: a stage
-        computed what is no number, and what was heard ends before it; cancelled; failed: a stage refused, see `message`.
-      num_text_tokens, num_speech_tokens: without prompts. num_pieces: that the text was split into.
-      seconds: of work of each stage; of a dispatch that sessions share, each has all of it. first_audio: seconds from
-        `open` to the first frame; None before. total: to the end.
-    """
-
-    status: str
-    message: str
-    mode: str
-    voice: str
-    seed: int
-    num_text_tokens: int
-    num_speech_tokens: int
-    num_pieces: int
-    num_samples: int
-    rate_hz: int
-    seconds: dict[str, float]
-    first_audio: float | None
-    total: float
-
-    @property
-    def audio_seconds(self) -> float:
-        """Seconds of sound."""
-        return self.num_samples / self.rate_hz
-
-    @property
-    def real_time_factor(self) -> float | None:
-        """Seconds from `open` to the end a second of sound; None without sound."""
-        return self.total / self.audio_seconds if self.num_samples else None
 
 
 class Piece:
@@ -88,13 +46,14 @@ class Piece:
     Attributes:
       ids: text tokens that the language model has not got yet, of `num_text`. closed: no more of them come; flushed: it knows.
       slot: that it has there. is_drawn: no more speech tokens come; is_idle: none comes before there is more text.
+      ends_utterance: nothing is held back behind it, and what follows is vocoded anew.
     """
 
     def __init__(self, number: int, ids: list[int], closed: bool) -> None:
         self.number, self.ids, self.closed = number, ids, closed
         self.num_text, self.num_used = len(ids), 0
         self.slot: int | None = None
-        self.is_drawn = self.is_idle = self.flushed = False
+        self.is_drawn = self.is_idle = self.flushed = self.ends_utterance = False
         self.tokens: list[int] = []
 
     def add(self, ids: list[int]) -> None:
@@ -150,16 +109,18 @@ class Session:
         self.request = request = prepared.request
         self._mels, waves = streams
         key = jax.random.key(request.seed)
-        self._speech_key, self._mel_key, wave_key = (
+        self._speech_key, self._mel_key, self._wave_key = (
             jax.random.fold_in(key, stage) for stage in (_FOR_SPEECH, _FOR_MEL, _FOR_WAVE)
         )
-        self._wave, definition = waves.start(wave_key), waves.stage.mel_definition
+        self._waves, self._wave, definition = waves, waves.start(self._wave_key), waves.stage.mel_definition
         self._rate, per_token = definition.rate_hz, FRAMES_PER_TOKEN * definition.mel_hop
-        self._pace = Pace(plan, chunk=self._mels.mask.chunk, hold_back=waves.hold_back / per_token, speed=request.speed)
+        paced = {"chunk": self._mels.mask.chunk, "hold_back": waves.hold_back / per_token, "speed": request.speed}
+        self._make_pace = functools.partial(Pace, plan, **paced)
+        self._pace = self._make_pace()
         self._mel: MelStream | WholeMel | None = None
         self._speed = SpeedChanger(request.speed)
         self._frames: deque[Pcm] = deque()
-        self._text = ArrivingPieces()
+        self._text, self._tags = ArrivingPieces(), TagState()
         self._incremental, self._flushed = incremental.init_incremental(), not request.arriving
         self.pieces = [Piece(i, ids, True) for i, ids in enumerate(prepared.pieces)]
         if prepared.source is not None:
@@ -169,6 +130,7 @@ class Session:
         self._first_audio: float | None = None
         self._status, self._message, self._end = "running", "", 0.0
         self._limited = False
+        self._silent: Piece | None = None  # the first that says nothing
 
     def _add_source(self, tokens: Int32[np.ndarray, " L"]) -> None:
         piece = Piece(0, [], True)
@@ -193,7 +155,7 @@ class Session:
             seed=self.request.seed,
             num_text_tokens=sum(piece.num_text for piece in self.pieces),
             num_speech_tokens=sum(len(piece.tokens) for piece in self.pieces),
-            num_pieces=len(self.pieces),
+            num_pieces=sum(bool(piece.num_text or piece.tokens) for piece in self.pieces),
             num_samples=self.num_samples,
             rate_hz=self._rate,
             seconds=dict(self.seconds),
@@ -204,8 +166,8 @@ class Session:
     def push_text(self, text: str) -> None:
         """Appends to the text of a request whose text is arriving; tokens are drawn once there are enough.
 
-        UserError, and nothing is appended, where the text was whole from the start or has ended, and for broken Unicode. What
-        comes to a session that has ended (cancelled, failed) is dropped.
+        UserError, and nothing is appended, where the text was whole from the start or has ended, for broken Unicode and for
+        misplaced tags, also where pushes cut them. What comes to a session that has ended (cancelled, failed) is dropped.
         """
         if not self.request.arriving:
             raise UserError(f"{self.request.name}: its text was whole from the start; open it as arriving to push more")
@@ -214,29 +176,53 @@ class Session:
         if self.ended:
             return
         self._engine.tokenizer.normalize(text)  # refuses broken Unicode
-        start = time.perf_counter()
-        for part, ends in self._text.push(text):
-            self._append(part, ends)
-        self.seconds["text"] += time.perf_counter() - start
+        self._tags = check_more_tags(self._tags, text)
+        self._append(self._text.push(text))
 
-    def flush(self) -> None:
-        """Says that no more text comes; UserError where there was nothing to speak, and the request may get some still."""
+    def end_piece(self) -> None:
+        """Says that what was pushed so far is to be heard to its end without waiting for more, as a line that is complete.
+
+        What is pushed behind it is spoken as an utterance of its own. Does nothing where there is nothing to speak.
+        """
         if self._flushed or self.ended:
             return
-        start = time.perf_counter()
-        for part, ends in self._text.flush():
-            self._append(part, ends)
+        self._append(self._text.end())
+        if self.pieces and self._place == len(self.pieces) and not self.pieces[-1].ends_utterance:
+            self.pieces.append(Piece(len(self.pieces), [], True))  # all is heard, but for what the vocoder holds back
+            self.pieces[-1].is_drawn = self.pieces[-1].flushed = True
+        if self.pieces:
+            self.pieces[-1].ends_utterance = True
+
+    def flush(self) -> None:
+        """Says that no more text comes.
+
+        UserError where there was nothing to speak or a span is open, and the request may get some text still.
+        """
+        if self._flushed or self.ended:
+            return
+        check_tags_closed(self._tags)
+        self._append(self._text.flush())
         if not self.pieces:
             raise UserError(f"{self.request.name}: the text has nothing to speak; give it some words")
-        self._close_piece()
+        if not self.pieces[-1].closed:
+            self._close_piece()
         self._flushed = True
-        self.seconds["text"] += time.perf_counter() - start
 
     def cancel(self) -> None:
         """Ends the request where it stands, also before its first frame; what is ready is dropped."""
+        dropped = bool(self._frames)
+        self._frames.clear()
         if not self.ended:
-            self._frames.clear()
             self.finish("cancelled")
+        elif dropped and self._status in _HEARD:
+            self._status = "cancelled"
+
+    def __enter__(self) -> "Session":
+        """Itself; at the end of the block it is cancelled, unless it has ended and all was taken."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
 
     def take(self) -> list[Pcm]:
         """The frames that are ready, without driving the engine."""
@@ -249,19 +235,30 @@ class Session:
         return self
 
     def __next__(self) -> Pcm:
-        """The next frame, for which it drives the engine; stops at the end, and where the request waits for text."""
+        """The next frame, for which it drives the engine; stops at the end, and where the request waits for text.
+
+        UserError where others keep it from going on: all slots are theirs, and they wait for text. It may go on later.
+        """
         while not self._frames:
-            if self.ended or self.waits or not self._engine.advance():
+            if self.ended or self.waits:
                 raise StopIteration
+            if not self._engine.advance() and not (self.ended or self.waits):
+                raise UserError(
+                    f"{self.request.name}: all {self._engine.num_slots} slots are held by requests that wait for text; push"
+                    " it, flush or cancel them, or make the engine with more num_slots"
+                )
         return self._frames.popleft()
 
-    def _append(self, text: str, ends: bool) -> None:
-        if not self.pieces or self.pieces[-1].closed:
-            self.pieces.append(Piece(len(self.pieces), [], False))
-        self._incremental, ids = incremental.push(self._engine.tokenizer, self._incremental, text)
-        self.pieces[-1].add(ids)
-        if ends:
-            self._close_piece()
+    def _append(self, parts: list[tuple[str, bool]]) -> None:
+        start = time.perf_counter()
+        for text, ends in parts:
+            if not self.pieces or self.pieces[-1].closed:
+                self.pieces.append(Piece(len(self.pieces), [], False))
+            self._incremental, ids = incremental.push(self._engine.tokenizer, self._incremental, text)
+            self.pieces[-1].add(ids)
+            if ends:
+                self._close_piece()
+        self.seconds["text"] += time.perf_counter() - start
 
     def _close_piece(self) -> None:
         self.pieces[-1].add(incremental.flush(self._engine.tokenizer, self._incremental))
@@ -292,6 +289,8 @@ class Session:
         piece.tokens += result.speech_tokens.tolist()
         piece.is_drawn = result.status != "running"
         self._limited |= result.status == "hit_limit"
+        if piece.is_drawn and not piece.tokens and self._silent is None:
+            self._silent = piece
         if result.status == "non_finite":
             self.finish(
                 "non_finite", f"{self.request.name}: the language model's scores are not finite; check the checkpoint"
@@ -323,10 +322,11 @@ class Session:
         """Makes the hop that `next_hop` has found: mel, waveform, a frame for the caller."""
         try:
             start = time.perf_counter()
+            piece = self._heard_piece()
             mel = self._hear(size, ends)
             last = ends and self._flushed and self._heard_piece() is None
             middle = time.perf_counter()
-            samples = self._wave.hop(mel, last=last)
+            samples = self._wave.hop(mel, last=last or (ends and piece is not None and piece.ends_utterance))
             end = time.perf_counter()
         except NonFinite as error:
             return self.finish("non_finite", str(error))
@@ -339,7 +339,13 @@ class Session:
             self.num_samples += len(samples)
             if self._first_audio is None:
                 self._first_audio = end - self._begun
-        if last:
+        if self._wave.has_ended and not last:
+            self._wave = self._waves.start(jax.random.fold_in(self._wave_key, self._place))
+            self._pace = self._make_pace()
+        if last and self._silent is not None:
+            place = f"piece {self._silent.number + 1} of {len(self.pieces)}"
+            self.finish("empty", f"{self.request.name}: {place}: nothing was drawn")
+        elif last:
             self.finish("ok" if self.num_samples else "empty")
 
     def finish(self, status: str, message: str = "") -> None:

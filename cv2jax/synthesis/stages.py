@@ -20,7 +20,6 @@ from cv2jax.text.layout import MIX_RATIO, Ratio
 FRAMES_PER_TOKEN = 2  # mel frames (50 Hz) of a speech token (25 Hz)
 LOOKAHEAD = 3  # speech tokens behind a hop that the flow looks at
 TOKENS_PER_SECOND = 25
-NO_TOKEN = -1  # where no token was drawn
 RUNNING, OK, HIT_LIMIT, NON_FINITE = range(4)  # of a slot of the language model
 STATUS_NAMES = ("running", "ok", "hit_limit", "non_finite")
 
@@ -42,7 +41,7 @@ class Controls(NamedTuple):
 class Drawn(NamedTuple):
     """What a dispatch drew."""
 
-    speech_tokens: Arrays  # [B num_steps], NO_TOKEN behind the last
+    speech_tokens: Arrays  # [B num_steps], sampling.NO_TOKEN behind the last
     num_speech_tokens: Arrays  # [B]
     status: Arrays  # [B] of STATUS_NAMES
 

@@ -9,8 +9,8 @@ import dataclasses
 import math
 
 from cv2jax.synthesis.clip import ClipMeasures
+from cv2jax.synthesis.stages import TOKENS_PER_SECOND
 
-TOKENS_PER_SECOND = 25
 _KEPT_SECONDS = 0.1  # of silence, on either side of the speech, below which nothing is cut
 _MAX_PAUSE_SECONDS = 0.5  # more of it is always cut: voices imitate it
 

@@ -21,10 +21,10 @@ from safetensors.numpy import load, save
 from cv2jax.audio.mel import FLOW_MEL, MelDefinition
 from cv2jax.config import UserError, differences
 from cv2jax.files import whole_file
+from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
 
 FORMAT, VERSION = "cv2jax-voice", 1
 SUFFIX = ".safetensors"
-FRAMES_PER_TOKEN = 2  # mel frames (50 Hz) of a speech token (25 Hz)
 _ARRAYS = {"speaker_embedding": (np.float32, 1), "speech_tokens": (np.int32, 1), "mel": (np.float32, 2)}  # type, axes
 _TEXTS = ("text", "language", "name", "speech_tokenizer", "speaker_encoder", "audio_sha256")
 _SHOWN = 12  # digits of a hash
@@ -55,6 +55,11 @@ class Voice:
     mel_definition: MelDefinition = FLOW_MEL
     audio_sha256: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that it holds, the same for the same voice wherever it was read."""
+        return _digest(*_contents(self))
 
     def check(self) -> None:
         """Raises UserError for shapes that do not fit together, negative tokens, what is not finite, and broken text."""
@@ -94,11 +99,7 @@ def save_voice(path: str | os.PathLike[str], voice: Voice) -> None:
     """
     path = check_voice_path(path)
     voice.check()
-    arrays = {name: np.ascontiguousarray(getattr(voice, name), dtype) for name, (dtype, _) in _ARRAYS.items()}
-    about = {"version": VERSION} | {
-        field.name: getattr(voice, field.name) for field in dataclasses.fields(voice) if field.name not in _ARRAYS
-    }
-    about["mel_definition"] = dataclasses.asdict(voice.mel_definition)
+    about, arrays = _contents(voice)
     about["sha256"] = _digest(about, arrays)
     data = save(arrays, {FORMAT: _to_json(about)})
     with whole_file(path, f"{path}: cannot write the voice ({{reason}}); give another place") as file:
@@ -181,6 +182,16 @@ def require_voice(
         raise UserError(
             f"{voice.name}: its mel is another than the model's ({'; '.join(lines)}); {_ENROLL} with this model"
         )
+
+
+def _contents(voice: Voice) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(words and numbers, arrays) of a voice, as its file has them."""
+    arrays = {name: np.ascontiguousarray(getattr(voice, name), dtype) for name, (dtype, _) in _ARRAYS.items()}
+    about = {"version": VERSION} | {
+        field.name: getattr(voice, field.name) for field in dataclasses.fields(voice) if field.name not in _ARRAYS
+    }
+    about["mel_definition"] = dataclasses.asdict(voice.mel_definition)
+    return about, arrays
 
 
 def _to_json(about: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def synthesise_unchecked(
     padded = np.zeros((1, -(-max(len(mel), 1) // _WHOLE_MULTIPLE) * _WHOLE_MULTIPLE, mel.shape[1]), np.float32)
     padded[0, : len(mel)] = mel
     made = stage.whole(padded, key_data(key), np.array([len(mel)], np.int32))
-    return np.asarray(made[0, : len(mel) * hop])
+    return np.asarray(made)[0, : len(mel) * hop]
 
 
 def checked_mel(stage: WaveStage, mel: Float[np.ndarray, "F M"]) -> Float32[np.ndarray, "F M"]:
@@ -94,8 +94,9 @@ class WaveStreams:
             waveform, state = stage.step(
                 state, block, data, np.array([len(piece)], np.int32), np.array([total], np.int32)
             )
-            parts.append(waveform[0, : len(piece) * stage.mel_definition.mel_hop])
-        return np.concatenate([np.asarray(part) for part in parts]), state
+            parts.append((waveform, len(piece) * stage.mel_definition.mel_hop))
+        # Cut here: on the device each length would be a program to compile.
+        return np.concatenate([np.asarray(part)[0, :size] for part, size in parts]), state
 
 
 @dataclasses.dataclass
@@ -107,7 +108,7 @@ class WaveStream:
     _state: State = None
     _num_frames: int = 0
     _num_samples: int = 0  # returned
-    _ended: bool = False
+    has_ended: bool = False
 
     def hop(
         self, mel: Float[np.ndarray, "F M"], *, last: bool = False, hold_back: int | None = None
@@ -123,7 +124,7 @@ class WaveStream:
         """
         mine, stage = self.streams, self.streams.stage
         hop = stage.mel_definition.mel_hop
-        if self._ended:
+        if self.has_ended:
             raise UserError("this stream has ended; start another")
         mel = checked_mel(stage, mel)
         if hold_back is not None and not 0 <= hold_back <= mine.hold_back:
@@ -134,7 +135,7 @@ class WaveStream:
                 f"this stream has {self._num_frames} frames and can have {stage.endless}; end it and start another"
             )
         flush = np.zeros((-(-mine.hold_back // hop), stage.mel_definition.num_mels), np.float32)
-        fed = np.concatenate([mel, flush]) if last else mel
+        fed = np.concatenate([mel, flush]) if last and num_frames else mel
         state = mine.initial if self._state is None else self._state
         first = self._num_frames * hop - mine.hold_back
         samples = np.zeros(0, np.float32)
@@ -147,6 +148,6 @@ class WaveStream:
             samples = np.concatenate([samples, guessed])
             end = num_frames * hop - hold_back
         heard = _finite(samples[max(self._num_samples - first, 0) : max(end - first, 0)])
-        self._state, self._num_frames, self._ended = state, num_frames, last
+        self._state, self._num_frames, self.has_ended = state, num_frames, last
         self._num_samples += len(heard)
         return heard

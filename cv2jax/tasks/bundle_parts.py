@@ -14,7 +14,7 @@ import numpy as np
 from cv2jax.audio.mel import FLOW_MEL, MelDefinition
 from cv2jax.config import MeshConfig, UserError, from_dict
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
+from cv2jax.models.flow_matching.generate import choose_mask
 from cv2jax.models.hift_vocoder.config import HiftVocoderConfig
 from cv2jax.models.speaker_encoder.config import SpeakerEncoderConfig
 from cv2jax.models.speaker_encoder.model import inference_config
@@ -108,7 +108,7 @@ def parts_of_model(model: str | os.PathLike[str]) -> Parts:
         stages=stages,
         text_tokenizer=find_text_tokenizer(described, run),
         normalizer=facts.get("normalizer", ""),
-        mask=dataclasses.replace(stream_mask(stages[MEL].config), prompt=0),
+        mask=choose_mask(stages[MEL].config),
         voices=voices_in(pathlib.Path(model, MODEL_VOICES)),
         stand_ins=learnt_encoder(stage_run(model, MEL)) == STAND_IN,
     )

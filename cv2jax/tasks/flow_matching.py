@@ -23,7 +23,7 @@ from cv2jax.parallel.sharding import computation_dtype, platform
 from cv2jax.tasks.audio_task import AudioTask
 from cv2jax.tasks.heard_flow import HeardFlow
 from cv2jax.tasks.model_directory import EMBEDDINGS_FACT, STAND_IN
-from cv2jax.tasks.trained import load_params
+from cv2jax.tasks.warm_start import load_initial_flow
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, init_train_state, restart
 from cv2jax.train.step import StepFunction, make_train_step
@@ -83,8 +83,7 @@ class FlowMatchingTask(AudioTask):
         """The state at step 0 with the parameters of the run that `config.init_from` names."""
         if not self._config.init_from:
             return state
-        mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        params, _ = load_params(self._config.init_from, self.init_params, mesh, ema=True)
+        params = load_initial_flow(self._config.init_from, self.model_config, state.params)
         return restart(state, params, self._optimizer)
 
     def prepare(self, batch: dict[str, jax.Array], multiple: int = 1) -> dict[str, jax.Array]:

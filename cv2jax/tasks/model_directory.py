@@ -62,12 +62,16 @@ def has_stage(model: str | os.PathLike[str], task: str) -> bool:
 def find_voice(model: str | os.PathLike[str], voice: str) -> pathlib.Path:
     """The file of a voice: a path that ends in .safetensors, or the name of one in MODEL/voices.
 
-    Raises UserError for a name that is not there, with those that are.
+    Raises UserError for a name that is not there, with those that are, for another file and for no model directory.
     """
     if voice.endswith(SUFFIX):
         return pathlib.Path(voice)
+    if not pathlib.Path(model).is_dir():
+        raise UserError(f"{model}: no such model directory; give one, with voices in {pathlib.Path(model, VOICES)}")
     place = pathlib.Path(model, VOICES)
     found = voices_in(place)
+    if voice not in found and pathlib.Path(voice).is_file():
+        raise UserError(f"{voice}: is no voice ({SUFFIX}); make one of a recording: cv2jax enroll {voice}")
     if voice not in found:
         known = f"it has {', '.join(found)}" if found else "it has none"
         raise UserError(f"{place}: no voice '{voice}'; {known}; give a {SUFFIX} file or `cv2jax enroll` one there")

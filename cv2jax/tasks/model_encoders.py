@@ -5,7 +5,9 @@ import os
 
 from cv2jax.config import from_dict
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.models.flow_matching.generate import stream_mask
 from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
+from cv2jax.nn.chunks import NO_CHUNK
 from cv2jax.synthesis.encoders import Encoders
 from cv2jax.tasks.encoders import embed_recordings, encode_recording, load_speaker_encoder, load_tokenizer
 from cv2jax.tasks.model_directory import (
@@ -45,12 +47,15 @@ def load_encoders(model: str | os.PathLike[str], *, with_speaker: bool) -> Encod
     )
 
 
-def trained_chunks(model: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The chunks that a model directory's flow was trained to stream in; none where that is not known."""
+def stream_chunk(model: str | os.PathLike[str]) -> int | None:
+    """Tokens of the chunk that the engine streams a model directory's flow in; None where that is not known."""
     if not has_stage(model, "flow_matching"):
-        return ()
+        return None
     facts = load_run(stage_run(model, "flow_matching"))["facts"]
-    return from_dict(FlowMatchingConfig, facts["model"]).mask_chunks if "model" in facts else ()
+    if "model" not in facts:
+        return None
+    chunk = stream_mask(from_dict(FlowMatchingConfig, facts["model"])).chunk
+    return chunk if chunk < NO_CHUNK else None
 
 
 def speaker_hash(model: str | os.PathLike[str]) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """The engine of a model directory: its runs loaded and made into stages."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -13,10 +12,9 @@ from jaxtyping import Float32, Int32
 from cv2jax.audio.mel import FLOW_MEL
 from cv2jax.config import MeshConfig, UserError
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
+from cv2jax.models.flow_matching.generate import choose_mask
 from cv2jax.models.speech_tokenizer.tokenize import make_encoder
 from cv2jax.models.text_speech_lm.model import init_params
-from cv2jax.nn.chunks import ChunkMask
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.bundle_engine import EngineOptions
 from cv2jax.synthesis.engine import Engine
@@ -34,14 +32,16 @@ def load_model_engine(model: str | os.PathLike[str], options: EngineOptions = En
     """The engine of a model directory, on this process's first device, in fp32.
 
     The newest checkpoint of each run speaks, its moving average where it keeps one. The speech tokenizer is read when
-    something is converted. Raises UserError for a directory that lacks a stage, and for stages that do not fit.
+    something is converted. Raises UserError for a directory that lacks a stage, for stages that do not fit, and for options
+    that cannot be.
     """
+    options.validate()
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     speech, tokenizer, read_as = _load_speech(model, mesh, options)
     mel, config = _load_mel(model, mesh)
     vocoder, params = load_vocoder(stage_run(model, "hift_vocoder"), mesh)
     wave = make_wave_stage(vocoder, _on_one_device(params), mel.mel_definition)
-    mask = ChunkMask(chunk=options.chunk) if options.chunk else dataclasses.replace(stream_mask(config), prompt=0)
+    mask = choose_mask(config, chunk=options.chunk, left=options.left)
     return Engine(
         Stages(speech=speech, mel=mel, wave=wave, tokenizer=_tokenizer_stage(model, mel.speech_tokenizer)),
         tokenizer,

@@ -26,6 +26,7 @@ from cv2jax.models.speech_tokenizer.decode import transcribe_tokens
 from cv2jax.models.speech_tokenizer.model import init_model_state, init_params
 from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
+from cv2jax.nn.stack import match_layers, stack_layers, unstack_layers
 from cv2jax.parallel.sharding import abstract_state
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
@@ -91,10 +92,31 @@ def load_params(
         wanted = {"opt_state": _average_alone(abstract.opt_state)} | ({"params": frozen} if frozen else {})
     loaded = load_subtree(run / "checkpoints", wanted, step)
     params = combine(loaded.get("params", {}), optax.tree.get(loaded.get("opt_state"), "ema_params", {}))
-    merged = jax.jit(effective_params, static_argnums=1)
     if lora.rank and (merge or lora_file):
-        params = merged(params, lora)
-    return (merged(*load_lora(pathlib.Path(lora_file), params)) if lora_file else params), described
+        params = _merged(params, lora)
+    return (_merge_file(pathlib.Path(lora_file), params) if lora_file else params), described
+
+
+_merged = jax.jit(effective_params, static_argnums=1)
+
+
+def _merge_file(path: pathlib.Path, params: Any) -> Any:
+    """The parameters with a side file's adaptation, which may have been trained with the layers in the other form."""
+    try:
+        return _merged(*load_lora(path, params))
+    except UserError as error:
+        backbone = params.get("backbone", {})
+        if "blocks" in backbone:
+            other = unstack_layers(params)
+        elif "blocks_0" in backbone:
+            other = params | {"backbone": stack_layers(backbone)}
+        else:
+            raise
+        try:
+            loaded = load_lora(path, other)
+        except UserError:
+            raise error from None
+    return match_layers(_merged(*loaded), params)
 
 
 def _average_alone(opt_state: Any) -> Any:

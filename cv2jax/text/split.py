@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import unicodedata
 from collections.abc import Callable
 
 from cv2jax.config import UserError
 from cv2jax.text.normalize import is_left_alone, normalize_text, resolve_language
+from cv2jax.text.tags import TAGS
 
 _TERMINATORS = {
     "zh": frozenset("。？！；：、.?!;"),
@@ -16,6 +19,9 @@ _TERMINATORS = {
 _COMMAS = frozenset("，,")
 _FULL_STOP = {"zh": "。", "en": ".", "other": ""}  # an unknown language is left alone
 _CLOSING_QUOTES = frozenset('"”')
+_LONGEST = 160  # of a part of a clause; from there on arriving text ends a piece with a word, too
+# What a word without an end is cut between: tags, runs of Latin letters, other characters with the marks on them.
+_ATOM = re.compile(rf"{'|'.join(map(re.escape, TAGS))}|[A-Za-z0-9]{{1,32}}|.", re.DOTALL)
 
 
 def is_speechless(text: str) -> bool:
@@ -56,8 +62,9 @@ def split_paragraph(
     """Cut at clause ends, then merge up to `token_max_n` (`split_paragraph` of utils/frontend_utils.py, spec 2.2).
 
     Lengths are characters in Chinese and `count_tokens` elsewhere. A piece is closed only if it is longer than
-    `token_min_n`, and a last piece shorter than `merge_len` joins the one before, so `token_max_n` is a wish: a clause
-    without an end stays whole. Raises UserError for lengths that are negative or out of order, or an empty language.
+    `token_min_n`, and a last piece shorter than `merge_len` joins the one before, so `token_max_n` is a wish. A clause of
+    more than 160 is cut between words, or else between characters; upstream leaves it whole, as we do what is not longer.
+    Raises UserError for lengths that are negative or out of order, or an empty language.
     """
     if not 0 <= token_min_n <= token_max_n or merge_len < 0:
         raise UserError(
@@ -70,8 +77,10 @@ def split_paragraph(
     terminators = _TERMINATORS[kind] | (_COMMAS if comma_split else frozenset())
     if text[-1] not in terminators:
         text += _FULL_STOP[kind]
+    measure = len if kind == "zh" else count_tokens
     clauses = _cut_clauses(text, terminators, keep_repeats=kind == "other")
-    return _merge_clauses(clauses, len if kind == "zh" else count_tokens, token_max_n, token_min_n, merge_len)
+    clauses = [part for clause in clauses for part in _cut_long(clause, measure)]
+    return _merge_clauses(clauses, measure, token_max_n, token_min_n, merge_len)
 
 
 def _cut_clauses(text: str, terminators: frozenset[str], keep_repeats: bool) -> list[str]:
@@ -101,6 +110,35 @@ def _cut_clauses(text: str, terminators: frozenset[str], keep_repeats: bool) -> 
 def _joins_digits(text: str, i: int) -> bool:
     """Whether a mark stands inside a number or a time: 3.5, 10:30 (upstream spells them out or breaks them, Q22)."""
     return text[i - 1 : i].isdecimal() and text[i + 1 : i + 2].isdecimal()
+
+
+def _cut_long(clause: str, measure: Callable[[str], int]) -> list[str]:
+    """A clause in parts of up to _LONGEST: of whole words, where a word is not longer itself."""
+    longest = _LONGEST
+    if len(clause.encode()) <= longest or measure(clause) <= longest:  # no tokenizer makes more tokens than bytes
+        return [clause]
+    count = functools.cache(measure)
+    parts, length = [""], 0
+    for word in re.findall(r"\s*\S+|\s+", clause):
+        for unit in [word] if count(word) <= longest else _atoms(word):
+            number = count(unit)
+            if length + number > longest and parts[-1]:
+                parts.append("")
+                length = 0
+            parts[-1] += unit
+            length += number
+    return parts
+
+
+def _atoms(word: str) -> list[str]:
+    """What a word may be cut between; no mark is parted from the character that bears it."""
+    atoms: list[str] = []
+    for atom in _ATOM.findall(word):
+        if atoms and unicodedata.category(atom[0])[0] == "M":
+            atoms[-1] += atom
+        else:
+            atoms.append(atom)
+    return atoms
 
 
 def _merge_clauses(

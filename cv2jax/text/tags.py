@@ -47,6 +47,7 @@ TAGS = (*SOUND_TAGS, *(tag for pair in SPAN_TAGS for tag in pair))
 
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 _CONTROL = re.compile(r"<\|[^<|>]*\|>")
+_BEGUN = re.compile(r"<(?:\|[^<|>]*\|?|/?[a-z]*)\Z")  # what a control token or a tag of a span may begin with
 _SPEAKER = re.compile(r"Speaker (\S+)")
 _UNKNOWN_SPEAKER = "unknown"
 
@@ -83,32 +84,68 @@ def _iterate_segments(text: str) -> Iterator[Segment]:
         yield Segment(text[end:], is_tag=False)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TagState:
+    """What the check of a text that is still arriving remembers of it.
+
+    Attributes:
+      num_checked: characters that are done with. held: what lies behind them, of a tag that may have begun.
+      num_prefixes: END_OF_PROMPT so far. opened: tags of SPAN_TAGS that are open.
+    """
+
+    num_checked: int = 0
+    held: str = ""
+    num_prefixes: int = 0
+    opened: frozenset[str] = frozenset()
+
+
 def check_tags(text: str) -> None:
     """Raise UserError for an unpaired `<strong>` or `<laughter>`, a `<|…|>` that is no prefix mark, or a second prefix.
 
     Other words in brackets are ordinary text: nobody can tell a misspelt tag from an aside. The official code checks
     nothing, and a misspelt `<|…|>` is read out loud.
     """
+    check_tags_closed(check_more_tags(TagState(), text))
+
+
+def check_more_tags(state: TagState, text: str) -> TagState:
+    """`check_tags` of the next piece of a text, of any length: the state behind it; spans may still be open.
+
+    Raises UserError as soon as no later piece can mend the text, a tag that is cut by pieces included.
+    """
+    text = state.held + text
     controls = _CONTROL.findall(text)
     for control in controls:
         if control != END_OF_PROMPT:
             raise UserError(f"text: {control} does not belong in a text; only {END_OF_PROMPT} does")
-    if len(controls) > 1:
-        raise UserError(f"text: {END_OF_PROMPT} stands {len(controls)} times; a text has one prefix at most")
+    num_prefixes, opened = state.num_prefixes + len(controls), state.opened
+    if num_prefixes > 1:
+        raise UserError(f"text: {END_OF_PROMPT} stands {num_prefixes} times; a text has one prefix at most")
     for opening, closing in SPAN_TAGS:
-        _check_span(text, opening, closing)
+        opened = _check_span(text, opening, closing, opened, state.num_checked)
+    begun = _BEGUN.search(text)
+    end = begun.start() if begun else len(text)
+    return TagState(
+        num_checked=state.num_checked + end, held=text[end:], num_prefixes=num_prefixes, opened=frozenset(opened)
+    )
 
 
-def _check_span(text: str, opening: str, closing: str) -> None:
-    """Raise UserError unless the pair's tags alternate, opening first and closing last."""
-    is_open = False
+def check_tags_closed(state: TagState) -> None:
+    """Raise UserError where a span is open at the end of a text."""
+    for opening, closing in SPAN_TAGS:
+        if opening in state.opened:
+            raise UserError(f"text: {opening} is never closed by {closing}")
+
+
+def _check_span(text: str, opening: str, closing: str, opened: frozenset[str], start: int) -> frozenset[str]:
+    """What is open behind a text from character `start` on; UserError unless the pair's tags alternate."""
+    is_open = opening in opened
     for match in re.finditer(f"{re.escape(opening)}|{re.escape(closing)}", text):
         if (match.group() == opening) == is_open:
             fault = "is opened inside another" if is_open else "was not opened before"
-            raise UserError(f"text: {match.group()} at character {match.start()} {fault}")
+            raise UserError(f"text: {match.group()} at character {start + match.start()} {fault}")
         is_open = not is_open
-    if is_open:
-        raise UserError(f"text: {opening} is never closed by {closing}")
+    return opened | {opening} if is_open else opened - {opening}
 
 
 def build_instruct_prefix(instruction: str) -> str:

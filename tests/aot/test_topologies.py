@@ -64,6 +64,7 @@ def test_the_base_step_fits_a_chip_of_sixteen_gigabytes(corpus, tmp_path):
     assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 15.75 * GIB
 
 
+@pytest.mark.full  # minutes of two cores
 def test_the_official_step_fits_sixteen_v5e(corpus, tmp_path):
     rows = round(load_config("speech_tokenizer_official").data.batch_seconds / 30)  # its longest bucket
     compiled, abstract = compile_for(

@@ -104,6 +104,41 @@ def test_what_is_no_yaml_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_grows_without_end_is_one_line_and_quick(tmp_path):
+    lists = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+    found = sizes(tmp_path / "a.yaml", lists + "tagged: !x [*a59, !y [*a59], *a59]\nmany: [" + "1," * 300 + "]\n")
+    for key, message in (
+        ("a59", r"a59 is \[\[\[\.\.\.\].*; it must be a number"),
+        ("tagged", "tagged is"),
+        ("many", "many is"),
+    ):
+        with pytest.raises(UserError, match=message):
+            found.number(key)
+        with pytest.raises(UserError, match="it must be a list of"):
+            found.integers(key)
+    with pytest.raises(UserError, match="tagged is"):
+        sizes(tmp_path / "b.yaml", lists + "tagged: !ref [*a59, !y [*a59]]\n").integer("tagged")
+    chain = "".join(f"b{i}: !ref <b{i - 1}> * <b{i - 1}>\n" for i in range(1, 60))
+    found = sizes(tmp_path / "c.yaml", "b0: 1\n" + chain)
+    assert found.integer("b59") == 1
+    found = sizes(tmp_path / "d.yaml", "b0: 10\n" + chain)
+    assert found.integer("b3") == 10**8
+    with pytest.raises(UserError, match=r"b59 is !ref <b58> \* <b58>; it must be a number"):
+        found.integer("b59")
+    merged = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
+    with pytest.raises(UserError, match=r"is no YAML \(merge keys are not read here"):
+        read(tmp_path / "e.yaml", merged)
+
+
+@pytest.mark.parametrize("digits", ["9" * 400, "99999999999999999999"])
+def test_numbers_that_no_model_has(tmp_path, digits):
+    found = sizes(tmp_path / "a.yaml", f"width: {digits}\nrates: [1, {digits}]\n")
+    with pytest.raises(UserError, match=r"width is 999.*; it must be a smaller number"):
+        found.integer("width")
+    with pytest.raises(UserError, match=r"rates is .*; it must be a list of whole numbers"):
+        found.integers("rates")
+
+
 def test_odd_files(tmp_path):
     with pytest.raises(UserError, match=r"gone\.yaml: there is no such file"):
         read_yaml(tmp_path / "gone.yaml")

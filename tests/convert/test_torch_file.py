@@ -83,7 +83,7 @@ def test_what_torch_writes_is_read_in_blocks(tmp_path):
 
 
 def test_counters_of_a_training_are_left_out_with_a_line(tmp_path, caplog):
-    torch.save({"w": torch.ones(2), "epoch": 3, "step": 4000}, tmp_path / "model.pt")
+    torch.save({"w": torch.ones(2), "epoch": 3, "step": torch.tensor(4000)}, tmp_path / "model.pt")
     with caplog.at_level("INFO"):
         assert list(TorchReader(tmp_path / "model.pt").names()) == ["w"]
     assert "epoch 3, step 4000" in caplog.text
@@ -175,7 +175,8 @@ def test_files_that_are_none_are_one_line(tmp_path):
         ("cut", data[: len(data) // 2], "is cut short; copy it again"),
         ("start", data[:3], "is no file of torch.save"),
         ("empty", b"", "is no file of torch.save"),
-        ("text", b"version https://git-lfs.github.com/spec/v1\n", "is no file of torch.save"),
+        ("text", b"hello", "is no file of torch.save"),
+        ("pointer", b"version https://git-lfs.github.com/spec/v1\n", "is only git's pointer .*`git lfs pull`"),
         ("hole", data[:200] + bytes(40) + data[240:], "cannot be read|no plain tensor|refused|is cut short"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -197,7 +198,11 @@ def test_files_that_are_none_are_one_line(tmp_path):
         ({"w": torch.ones(2, dtype=torch.float64)}, "w is float64; give weights in fp32, bf16 or fp16"),
         ({"w": torch.ones(2, dtype=torch.int64)}, "w is int64; give weights"),
         ({"w": torch.eye(2).to_sparse()}, "w is a Tensor and no plain tensor"),
-        ({"net": {"w": torch.ones(2)}}, "net is a dict and no plain tensor"),
+        ({"net": {"w": 2}}, "net is a dict and no plain tensor"),
+        (
+            {"state_dict": {"w": torch.ones(2)}, "epoch": 3},
+            "its tensors lie under the key 'state_dict'; save what is there",
+        ),
     ],
 )
 def test_other_contents_are_one_line(tmp_path, values, message):

@@ -1,5 +1,6 @@
 """Weight-normalised pairs folded into kernels and back, through the rule engine, from and to both of torch's namings."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,6 +56,18 @@ def test_what_is_unfolded_folds_to_what_it_was():
     assert (v[2] == 1).all()  # torch would make NaN of 0 / ‖0‖
     assert g[2] == 0
     np.testing.assert_array_equal(fold(np.ones((1, 1), np.float32), np.zeros((1, 4), np.float32)), np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_a_short_pair_is_folded_in_fp32_as_the_official_loader_does(dtype):
+    rng = np.random.default_rng(2)
+    v, g = (rng.standard_normal(shape).astype(dtype) for shape in ((6, 3, 5), (6, 1, 1)))
+    reader = FoldedReader(DictReader({"a.weight_v": v, "a.weight_g": g}))
+    assert reader.names()["a.weight"] == ((6, 3, 5), np.float32)
+    kernel = reader.read("a.weight", (slice(None),) * 3)
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, fold(g.astype(np.float32), v.astype(np.float32)))
+    assert not np.array_equal(kernel, kernel.astype(dtype).astype(np.float32))
 
 
 def test_the_golden_discriminators_make_the_whole_trip():

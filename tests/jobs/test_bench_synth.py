@@ -10,7 +10,7 @@ from cv2jax.jobs import bench_synth
 from cv2jax.jobs.bench import bench
 from cv2jax.jobs.bench_options import BenchOptions
 from cv2jax.jobs.bench_synth import Heard, Workload, listen, measure_synth, soak
-from cv2jax.synthesis.session import Pcm
+from cv2jax.synthesis.result import STAGES, Pcm
 from tests.synthesis.small_engine import PER_TOKEN, TEXT, make_engine, voice
 
 
@@ -31,7 +31,8 @@ def test_every_case_has_its_figures(work: Workload, monkeypatch: pytest.MonkeyPa
     for name in ("text in hand", "text arriving", "2 at once"):
         ((first, again),) = of(figures, name, "first audio")
         assert min(first, again) > 0
-        for what in ("real-time factor", "longest time between frames", "a player waits", "lm [s]", "flow", "vocoder"):
+        stages = [f"{stage} [s]" for stage in STAGES]
+        for what in ("real-time factor", "longest time between frames", "a player waits", *stages):
             ((one, other),) = of(figures, f"{name}, 31 tokens: ", what)
             assert np.isfinite([one, other]).all()
         ((wall, _),) = of(figures, name, "s of speech [s]")
@@ -80,6 +81,22 @@ def test_a_soak_leaves_nothing_open(work: Workload) -> None:
     found = soak(work.engine, work.voice, work.text, num_requests=8, num_tokens=12)
     assert len(found.statuses) == len(found.megabytes) == len(found.num_arrays) == 8
     assert work.engine.num_open == 0
+
+
+def test_a_soak_refuses_a_bad_end(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_synth, "_SOAKED", ("cancelled",))
+    with pytest.raises(RuntimeError, match=r"^soak, requests 0 and 1: \[Result\(status='"):
+        soak(work.engine, work.voice, work.text, num_requests=2, num_tokens=12)
+    assert work.engine.num_open == 0
+
+
+def test_words_are_pushed_one_by_one_and_then_the_end(work: Workload) -> None:
+    session = work.engine.open(work.request(text="", arriving=True))
+    words, pushed = {session: ["one", "two"]}, []
+    while bench_synth._push_words(words):
+        pushed.append(session.result.num_text_tokens)
+    assert (words, len(pushed), session.result.num_text_tokens > 0) == ({}, 2, True)
+    session.cancel()
 
 
 def test_a_model_without_a_voice_is_refused(tmp_path) -> None:

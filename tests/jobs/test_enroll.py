@@ -19,6 +19,8 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.data.embeddings import save_embeddings
 from cv2jax.jobs.enroll import EnrollOptions, describe_chunks, enroll
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
+from cv2jax.models.flow_matching.generate import stream_mask
 from cv2jax.models.speech_tokenizer.tokenize import make_encoder
 from cv2jax.synthesis.voice import load_voice, require_voice
 from cv2jax.tasks import model_encoders
@@ -230,6 +232,33 @@ def test_bad_clips_are_one_line_and_nothing_is_written(model, tmp_path, capfd, w
     assert f"{audio}: " in (line := refused(capfd, audio, "--model", model, "--out", out, "--text", TEXT))
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["bad.wav"]
+
+
+def test_clips_that_are_odd_but_fit_are_told(model, tmp_path, caplog, loaded_once):
+    speech = make_speech(3.0)
+    stereo = write(tmp_path / "stereo.wav", np.stack([speech, -0.9 * speech], axis=1))
+    enroll(model, stereo, tmp_path / "s.safetensors", EnrollOptions(text=TEXT))
+    assert "its 2 channels differ or cancel in their mean" in caplog.text
+    narrow = write(tmp_path / "narrow.wav", make_speech(3.0, 8000), 8000)
+    enroll(model, narrow, tmp_path / "n.safetensors", EnrollOptions(text=TEXT))
+    assert "sampled at 8000 Hz: what lies above 4000 Hz is missing" in caplog.text
+
+
+def test_a_clip_that_is_no_number_is_refused(model, tmp_path, capfd):
+    audio = write(tmp_path / "nan.wav", np.full(48000, np.nan, np.float32), subtype="FLOAT")
+    assert "nan.wav: " in refused(capfd, audio, "--model", model, "--out", tmp_path / "v.safetensors", "--text", TEXT)
+    assert not (tmp_path / "v.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "chunk"), [((0, 10, 25), 10), ((0, 5, 50), 5), ((0, 1, 25, 50), 25), ((0, 1), 1), ((0,), None)]
+)
+def test_a_prompt_is_cut_for_the_chunk_that_the_engine_streams_in(tmp_path, chunks, chunk):
+    add_flow(tmp_path, "abc", chunks=chunks)
+    every = (-1,) * len(chunks)
+    config = FlowMatchingConfig(mask_chunks=chunks, mask_lefts=every, mask_prompts=(0,) * len(chunks))
+    assert model_encoders.stream_chunk(tmp_path) == chunk
+    assert chunk in (None, stream_mask(config).chunk)
 
 
 def test_what_the_model_directory_lacks_is_told_before_the_work(model, tokenizer, tmp_path, capfd):

@@ -10,12 +10,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from cv2jax.cli.main import run as run_cli
 from cv2jax.config import MeshConfig, TrainConfig, to_dict
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.rules import foreign_tensors
 from cv2jax.convert.weight_norm import NEW, OLD, fold
+from cv2jax.jobs.official_checks import warn_of_differences
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow
 from cv2jax.models.hift_vocoder.config import MEL_UNIT, HiftTrainingConfig
 from cv2jax.models.hift_vocoder.model import init_params as init_hift
@@ -67,10 +70,13 @@ def golden(tmp_path_factory):
     speakers = load(GOLDEN / "spk2info.pt")
     speakers["b/女"] = zero_shot(np.random.default_rng(0))
     torch.save(speakers, official / "spk2info.pt")
+    old = load(GOLDEN / "hift.pt")
+    old = {f"generator.{n.replace(NEW[0], OLD[0]).replace(NEW[1], OLD[1])}": tensor for n, tensor in old.items()}
+    torch.save(old, official / "hift.pt")
     (official / "vllm").mkdir()
     (official / "vllm" / "model.bin").write_text("of the language model")
     (official / "flow.encoder.fp16.zip").write_text("of the flow")
-    (official / "flow.decoder.estimator.fp32.onnx").write_text("of the flow too")
+    shutil.copyfile(official / "campplus.onnx", official / "flow.decoder.estimator.fp32.onnx")  # of the flow too
     (official / "README.md").write_text("whatever")
     import_directory(official, root / "model")
     return root
@@ -97,7 +103,7 @@ def zero_shot(rng):
     }
 
 
-def test_the_golden_comes_back_bit_for_bit(golden, tmp_path, capsys):
+def test_the_golden_comes_back_bit_for_bit(golden, tmp_path, capsys, caplog):
     assert export(golden / "model", "--to=official", f"--out={tmp_path / 'out'}") == 0
     assert re.search(r"out: official, \d+ files, 2 voices, 0\.290 M parameters", capsys.readouterr().out)
     before, after = golden / "official", tmp_path / "out"
@@ -111,6 +117,8 @@ def test_the_golden_comes_back_bit_for_bit(golden, tmp_path, capsys):
         else:
             assert (before / name).read_bytes() == (after / name).read_bytes(), name
     llm = load(after / "llm.pt")
+    warned = "its encoder has width 32 and 2 upsampled layers; the official code, as released, builds 512 and 4 only"
+    assert warned in caplog.text
     head, table = llm["llm.model.lm_head.weight"], llm["llm.model.model.embed_tokens.weight"]
     assert head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
@@ -130,9 +138,15 @@ def test_what_was_made_of_other_weights_is_left_out(golden, tmp_path, caplog):
     (model / "hift_vocoder").rename(tmp_path / "hift")
     (model / "hift_vocoder").symlink_to(tmp_path / "hift")
     words = ("--to=official", f"--out={tmp_path / 'out'}", "--hift_names=weight_g", f"--flow_matching={tuned}")
+    keep = model / "official" / "CosyVoice-BlankEN" / "model.safetensors"
+    keep.write_bytes(keep.read_bytes()[:5000])
     assert export(model, *words) == 0
+    assert f"{keep}: is damaged" in caplog.text
+    assert len(safetensors.numpy.load_file(tmp_path / "out" / "CosyVoice-BlankEN" / "model.safetensors")) == 26
     gone = {"flow.encoder.fp16.zip"}
-    assert files_in(tmp_path / "out") == files_in(golden / "official") - gone
+    assert files_in(tmp_path / "out") >= files_in(golden / "official") - gone - {
+        "CosyVoice-BlankEN/generation_config.json"
+    }
     assert "left out, since they were made of other weights: flow.encoder.fp16.zip" in caplog.text
     estimator = (tmp_path / "out" / "flow.decoder.estimator.fp32.onnx").read_bytes()
     assert b"estimator_out" in estimator
@@ -146,6 +160,22 @@ def test_what_was_made_of_other_weights_is_left_out(golden, tmp_path, caplog):
     assert "embedding" in speakers["b/女"]
     names = {name.replace(NEW[0], OLD[0]).replace(NEW[1], OLD[1]) for name in load(GOLDEN / "hift.pt")}
     assert set(load(tmp_path / "out" / "hift.pt")) == names
+
+
+def test_what_the_official_code_does_otherwise_is_told(caplog):
+    flow = dataclasses.replace(FLOW, num_steps=4, temperature=0.5, mask_chunks=(0, 0))
+    warn_of_differences(pathlib.Path("lm"), "speaker", pathlib.Path("flow"), flow)
+    for line in (
+        "flow: its encoder has width 16 and 1 upsampled layers",
+        "lm: learnt its voices from names in front of the text; no official mode puts one there",
+        "flow: was not trained for chunks",
+        "flow: speaks at temperature 0.5; the official code at 1",
+        "flow: solves in 4 steps; the official code in 10",
+    ):
+        assert line in caplog.text
+    caplog.clear()
+    warn_of_differences(pathlib.Path("lm"), "instruct", pathlib.Path("flow"), FlowMatchingConfig(mask_per="batch"))
+    assert caplog.text == ""
 
 
 @pytest.fixture(scope="module")

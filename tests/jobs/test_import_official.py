@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cv2jax.cli.main import run as run_cli
 from cv2jax.config import MeshConfig, UserError, load_config, override
@@ -101,6 +102,18 @@ def overwrite(path, data):
     path.write_bytes(data)
 
 
+def backbone_file(directory, name):
+    return directory / "CosyVoice-BlankEN" / name
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one_tensor(path):
+    save_file({"w": np.ones((3, 3), np.float32)}, path)
+
+
 def change_tensor(directory, file, change):
     torch = pytest.importorskip("torch")
     tensors = dict(torch.load(directory / file, weights_only=True))
@@ -143,6 +156,12 @@ BAD = [
     (lambda d: overwrite(d / "llm.pt", b"not a pickle"), r"llm\.pt: is no file of torch\.save"),
     (lambda d: overwrite(d / "flow.pt", (d / "hift.pt").read_bytes()), r"flow\.pt does not fit the model: \d+ missing"),
     (lambda d: overwrite(d / "cosyvoice2.yaml", b"llm: ["), r"cosyvoice2\.yaml: is no YAML"),
+    (lambda d: change_yaml(d, "get_tokenizer:", "other:"), r"cosyvoice2\.yaml: has no get_tokenizer; is it cut short"),
+    (lambda d: change_yaml(d, "win_size: 1920", "win_size: 1024"), r"feat_extractor\.win_size is 1024, and .* only 1920"),
+    (lambda d: cut(backbone_file(d, "model.safetensors")), r"BlankEN/model\.safetensors: is damaged"),
+    (lambda d: one_tensor(backbone_file(d, "model.safetensors")), r"BlankEN does not fit .*: 26 missing: .*left over: w"),
+    (lambda d: cut(backbone_file(d, "generation_config.json")), r"BlankEN/generation_config\.json: cannot be read"),
+    (lambda d: overwrite(d / "flow.decoder.estimator.fp32.onnx", b"abc"), r"estimator\.fp32\.onnx: is damaged"),
     (lambda d: overwrite(d / "campplus.onnx", (d / "campplus.onnx").read_bytes()[:500]), r"campplus\.onnx: is damaged"),
     (lambda d: overwrite(d / "speech_tokenizer_v2.onnx", b""), r"speech_tokenizer_v2\.onnx: is damaged"),
     (lambda d: overwrite(d / "spk2info.pt", b"x"), r"spk2info\.pt: is no file of torch\.save"),
@@ -158,7 +177,7 @@ BAD = [
     (lambda d: change_tensor(d, "hift.pt", lambda t, _: t["conv_post.bias"].fill_(float("nan"))),
      r"hift\.pt: conv_post\.bias has values that are not finite"),
     (lambda d: change_tensor(d, "spk2info.pt", lambda t, torch: t.update({"a": {"embedding": torch.ones(1, 9)}})),
-     r"spk2info\.pt: speaker 'a' has an embedding of 9, and cosyvoice2\.yaml says flow\.spk_embed_dim 24"),
+     r"spk2info\.pt: speaker 'a': has an embedding of 9, and cosyvoice2\.yaml says flow\.spk_embed_dim 24"),
     (lambda d: change_tensor(d, "spk2info.pt", lambda t, torch: t.update({"a": {}})), "speaker 'a': has no embedding"),
     (lambda d: add_code(d, "llm.pt"), r"llm\.pt: names code \((posix|os)\.system\), and was refused; nothing of it was run"),
     (lambda d: add_code(d, "spk2info.pt"), r"spk2info\.pt: names code \((posix|os)\.system\), and was refused"),
@@ -189,13 +208,21 @@ def golden(tmp_path_factory):
     (root / "official" / "cosyvoice2.yaml").write_text(trap + text + "train: !new:strange.Class {x: !apply:a.b []}\n")
     (root / "official" / "asset").mkdir()
     (root / "official" / "asset" / "note.txt").write_text("hello")
+    (root / "official" / "config.json").write_text("{}")
+    (root / "official" / "strange.txt").write_text("?")
+    for hidden in (".git", ".cache"):
+        (root / "official" / hidden).mkdir()
+        (root / "official" / hidden / "big").write_text("not of the model")
+    (root / "official" / "CosyVoice-BlankEN").rename(root / "blank")  # as some caches lay it out
+    (root / "official" / "CosyVoice-BlankEN").symlink_to(root / "blank")
+    (root / "official" / "asset" / "up").symlink_to(root / "official")  # in a circle
     assert run(root / "official", "--from=official", f"--to={root / 'model'}") == 0
     return root
 
 
 @pytest.mark.official
 def test_yaml_with_code_is_read_and_nothing_of_it_is_run(golden):
-    assert sorted(os.listdir(golden)) == ["model", "official"]
+    assert sorted(os.listdir(golden)) == ["blank", "model", "official"]
     kept = (golden / "model" / "official" / "cosyvoice2.yaml").read_bytes()
     assert kept == (golden / "official" / "cosyvoice2.yaml").read_bytes()
 
@@ -206,12 +233,17 @@ def test_what_is_not_understood_is_kept_and_told(golden, tmp_path, caplog):
     assert "speech_tokenizer_v2.onnx: is not a graph that is known here" in caplog.text
     assert "campplus.onnx: is not a graph that is known here" in caplog.text
     warned = [r.getMessage() for r in caplog.records if "unknown files are carried through unchanged" in r.getMessage()]
-    assert warned == [
-        f"{golden / 'official'}: unknown files are carried through unchanged: CosyVoice-BlankEN/generation_config.json,"
-        " asset/note.txt"
-    ]
+    assert warned == [f"{golden / 'official'}: unknown files are carried through unchanged: strange.txt"]
     kept = load_kept(tmp_path / "model")
-    assert {"asset/note.txt", "campplus.onnx", "hift.pt", "CosyVoice-BlankEN/model.safetensors"} <= set(kept.names)
+    assert not [name for name in kept.names if name.startswith((".", "asset/up"))]
+    assert {
+        "asset/note.txt",
+        "config.json",
+        "strange.txt",
+        "campplus.onnx",
+        "hift.pt",
+        "CosyVoice-BlankEN/model.safetensors",
+    } <= set(kept.names)
     assert not {"llm.pt", "flow.pt"} & set(kept.names)
     for name in kept.names:
         assert (golden / "official" / name).read_bytes() == (kept.place / name).read_bytes()
@@ -280,22 +312,26 @@ def assert_official(rules, params, file):
 
 
 @pytest.mark.official
-def test_training_starts_from_the_language_model_and_it_speaks(other, corpus, tmp_path):
+@pytest.mark.parametrize("scan", [True, False])
+def test_training_starts_from_the_language_model_and_it_speaks(other, corpus, tmp_path, scan):
     run_of = other / "model" / "text_speech_lm"
-    sets = ["model.backbone.scan_layers=True", *SMALL_LM, f"data.corpus={corpus}", f"init_from={run_of}"]
+    sets = [f"model.backbone.scan_layers={scan}", *SMALL_LM, f"data.corpus={corpus}", f"init_from={run_of}"]
     state = warm(load_config("text_speech_lm_tiny"), *sets)
     assert_official(llm_rules(), state.params, other / "official" / "llm.pt")
+    if not scan:
+        return
     spoken = ("say", run_of, "one two", "--max_length=6", "--min_length=6", "--out", tmp_path / "said.jsonl")
     assert run_cli([*map(str, spoken)]) in (0, 3)
     assert len(json.loads((tmp_path / "said.jsonl").read_text())["speech_tokens"]) == 6
 
 
 @pytest.mark.official
-def test_training_starts_from_the_flow(other, tmp_path):
+@pytest.mark.parametrize("scan", [True, False])
+def test_training_starts_from_the_flow(other, tmp_path, scan):
     prepared = make_small_flow_corpus(tmp_path / "corpus")
     sets = [
         *SMALL_FLOW,
-        "model.scan_layers=True",
+        f"model.scan_layers={scan}",
         f"data.corpus={prepared}",
         f"data.speech_tokens={tokens_of(prepared)}",
     ]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.jobs.official_voices import entry_of, file_stem, same_voice, speaker_of, voice_of
+from cv2jax.convert.speakers import read_speakers, write_speakers
+from cv2jax.jobs.official_voices import entry_of, file_stem, read_voices, same_voice, speaker_of, voice_of
+from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.synthesis.voice import Voice
 from cv2jax.text.tokenizer import train_text_tokenizer
 
@@ -123,3 +125,50 @@ def test_any_id_is_a_file_name_and_back(speaker):
     assert speaker_of(stem) == speaker
     assert not set(stem) & set("/\\\n")
     assert not stem.startswith(".")
+
+
+FLOW = FlowMatchingConfig(speaker_dim=24, num_speech_tokens=61)
+
+
+def entry(key, **changes):
+    tokenizer = train_text_tokenizer(["one two three"], 300, single_chinese=False)
+    return {key: entry_of(make_voice(), tokenizer) | changes}
+
+
+@pytest.mark.official
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (entry("ann", flow_prompt_speech_token=np.full((1, 5), 61, np.int32)), "speaker 'ann': has speech token 61, .* 0 … 60"),
+        (entry("ann", flow_prompt_speech_token=np.full((1, 5), -1, np.int32)), "speaker 'ann': speech token -1 at place 0"),
+        (entry("ann", prompt_text=np.full((1, 3), 999, np.int32)), "speaker 'ann': text token 999: the tokenizer's ids"),
+        (entry("ann", embedding=np.ones((1, 9), np.float32), flow_embedding=np.ones((1, 9), np.float32)),
+         "speaker 'ann': has an embedding of 9"),
+        (entry("ann", flow_embedding=np.full((1, 24), np.nan, np.float32)), "speaker 'ann': the speaker embedding is"),
+        (entry(""), "speaker '': its id is empty; give it another"),
+        (entry("女" * 90), "speaker '女+': its id makes a name of 282 bytes, and a file's has 255 at most"),
+        (entry("Ann") | entry("ann"), "speakers 'Ann' and 'ann': their files have one name where case"),
+        (entry("e\u0301") | entry("\u00e9"), "speakers .*: their files have one name where case or accents"),
+    ],
+)  # fmt: skip
+def test_speakers_of_another_model_or_without_a_file_name_are_one_line(tokenizer, entries, message, tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "spk2info.pt"
+    write_speakers(path, entries)
+    with pytest.raises(UserError, match=f"{path}: {message}") as caught:
+        read_voices(path, tokenizer, FLOW, HASHES)
+    assert "\n" not in str(caught.value)
+    assert "ann: " not in str(caught.value)
+
+
+@pytest.mark.official
+def test_a_short_embedding_is_a_speaker_and_goes_back_as_it_was(tokenizer, tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs = {"ann": {"embedding": torch.linspace(-1, 1, 24).bfloat16()[None]}}
+    torch.save(theirs, tmp_path / "spk2info.pt")
+    voice = read_voices(tmp_path / "spk2info.pt", tokenizer, FLOW, HASHES)["ann"]
+    np.testing.assert_array_equal(voice.speaker_embedding, theirs["ann"]["embedding"].float()[0].numpy())
+    write_speakers(tmp_path / "again.pt", read_speakers(tmp_path / "spk2info.pt"))
+    back = torch.load(tmp_path / "again.pt", weights_only=True)["ann"]["embedding"]
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back, theirs["ann"]["embedding"])

@@ -12,6 +12,7 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.jobs import synthesize as job
 from cv2jax.jobs.synthesize import SynthesizeOptions, make_request, read_lines, synthesize
+from cv2jax.synthesis.result import Pcm
 from cv2jax.synthesis.voice import save_voice
 from tests.small_model import make_small_model, make_small_voice
 from tests.synthesis.small_engine import TEXT, make_engine, voice
@@ -50,7 +51,7 @@ def test_a_file_and_a_pipe_hold_the_same_samples(said, tmp_path):
     code, piped, errors = said(TEXT, "--out=-", "--stream", *LENGTHS)
     np.testing.assert_array_equal(piped, written)
     assert (code, rate, len(piped)) == (3, 1200, 20 * 48)
-    assert errors.startswith("standard output: raw PCM, 16-bit little-endian, mono, 24000 Hz\n")
+    assert errors.startswith("standard output: raw PCM, 16-bit little-endian, mono, 1200 Hz\n")
     lines = errors.splitlines()
     assert ": samples 0 to " in lines[1]
     assert lines[-1].startswith("hit_limit: 0.80 s of speech, 20 speech tokens; first audio after ")
@@ -62,12 +63,28 @@ def test_a_file_and_a_pipe_hold_the_same_samples(said, tmp_path):
 def test_text_on_standard_input_whole_and_as_it_comes(said, tmp_path):
     whole = said("-", "--out=-", *LENGTHS, stdin=TEXT.encode())
     np.testing.assert_array_equal(whole[1], said(TEXT, "--out=-", *LENGTHS)[1])
-    code, piped, errors = said(
-        "-", "--out=-", "--stream", "--min_length=60", "--max_length=60", stdin=b"one two\nthree four five one\ntwo\n"
-    )
-    assert (code, len(piped)) == (3, 60 * 48)
+    lengths = ["--min_length=30", "--max_length=30"]
+    code, piped, errors = said("-", "--out=-", "--stream", *lengths, stdin=b"one two\nthree four five one\n\ntwo")
+    assert (code, len(piped)) == (3, 3 * 30 * 48)
     drawn = [int(line.split()[-3]) for line in errors.splitlines() if "tokens drawn" in line]
-    assert drawn[0] < 60  # heard before the last token was drawn
+    assert drawn[0] < 90  # heard before the last token was drawn
+    assert errors.splitlines()[-1].split("; ")[0].endswith("90 speech tokens in 3 pieces")
+
+
+def test_a_line_is_heard_to_its_end_before_the_next_one_comes(said, monkeypatch):
+    heard = []
+
+    def lines(_):
+        yield "one two three\n"
+        heard.append(sum(len(frame.samples) for frame in frames))
+        yield "four\n"
+        heard.append(sum(len(frame.samples) for frame in frames))
+
+    frames, send = [], job._send
+    monkeypatch.setattr(job, "read_lines", lines)
+    monkeypatch.setattr(job, "_send", lambda pipe, frame: (frames.append(frame), send(pipe, frame)))
+    said("-", "--out=-", "--stream", *LENGTHS)
+    assert heard == [20 * 48, 40 * 48]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +104,26 @@ def test_text_on_standard_input_whole_and_as_it_comes(said, tmp_path):
         ([TEXT, "--out=-", "--speed=9"], {}, "speed=9.0: give a number"),
         ([TEXT, "--out=-"], {"name": "nobody"}, "no voice 'nobody'; it has ann, bare"),
         ([TEXT, "--out=-", "--mode=zero-shot"], {"name": "bare"}, "needs a voice with a recording"),
+        (
+            [TEXT, "--out=-"],
+            {"name": __file__},
+            "test_synthesize.py: is no voice (.safetensors); make one of a recording",
+        ),
+        ([TEXT, "--out=-", "--chunk=-3"], {}, "chunk=-3: give the tokens of a chunk, 1 or more"),
+        ([TEXT, "--out=-", "--chunk=0"], {}, "chunk=0: give the tokens of a chunk, 1 or more"),
+        ([TEXT, "--out=-", "--left=-2"], {}, "left=-2: give tokens of left context"),
+        (
+            ["-", "--out=-", "--stream", "--normalizer=wetext"],
+            {},
+            "normalizer wetext: text that arrives is read as it is",
+        ),
+        (["-", "--out=-", "--stream", "--language=en"], {}, "language en: text that arrives is read as it is"),
+        (
+            ["-", "--out=-", "--stream"],
+            {"stdin": b"one <|im_start|>\n"},
+            "text: <|im_start|> does not belong in a text",
+        ),
+        (["-", "--out=-", "--stream"], {"stdin": b"one <strong>two\n"}, "text: <strong> is never closed by </strong>"),
         ([TEXT, "--out=-", "--real_time_factor=0"], {}, "real_time_factor=0.0: must be positive"),
     ],
 )
@@ -106,6 +143,36 @@ def test_a_broken_pipe_ends_quietly(said, monkeypatch):
     code, piped, errors = said(TEXT, "--out=-", *LENGTHS)
     assert (code, len(piped)) == (141, 0)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--temperature=0.5", "temperature, top_p, top_k: mode conversion draws no tokens; leave them out"),
+        ("--normalizer=auto", "normalizer auto: mode conversion reads no text; leave it out"),
+        ("--max_length=9", "mode conversion reads no text and draws no tokens; leave max_length out"),
+        ("--language=en", "mode conversion reads no text and draws no tokens; leave language out"),
+    ],
+)
+def test_a_conversion_refuses_what_it_has_no_use_for(said, tmp_path, flag, message):
+    soundfile.write(tmp_path / "s.wav", 0.1 * np.sin(np.arange(16_000) / 9), 16_000)
+    code, _, errors = said("--out=-", f"--source={tmp_path / 's.wav'}", flag)
+    assert (code, message in errors) == (2, True)
+
+
+def test_a_full_disk_is_one_line():
+    line = r"^--out -: standard output cannot be written \(No space left on device\)$"
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(UserError, match=line):
+        job._send(full, Pcm(samples=np.zeros(9, np.float32), first_sample=0))
+
+
+def test_a_model_that_is_not_there_is_told_and_makes_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such model directory; give one, with voices in .*nowhere/voices"):
+        synthesize(tmp_path / "nowhere", "one", str(tmp_path / "new/a.wav"), SynthesizeOptions(voice="ann"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be written"):
+        job.check_out(str(tmp_path / "file/a.wav"))
 
 
 def test_what_a_stage_failed_at_is_not_written(said, tmp_path, monkeypatch):

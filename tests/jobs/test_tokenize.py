@@ -96,7 +96,7 @@ def test_texts_and_tokens_meet_by_id_in_the_order_of_the_manifest(tmp_path: path
         "num_text_tokens": sum(len(tokenizer.encode(u.text or "")) for u in utterances),
         "num_speech_tokens": sum(len(speech[u.id]) for u in utterances),
         "vocabulary_size": tokenizer.vocabulary_size,
-        **dict.fromkeys(("num_without_text", "num_without_speech", "num_refused"), 0),
+        **dict.fromkeys(("num_without_text", "num_without_speech", "num_refused", "num_continuations"), 0),
     }
     assert 4 <= result.ratio == result.num_speech_tokens / result.num_text_tokens <= 12
 
@@ -192,6 +192,42 @@ def test_single_chinese_characters_are_recorded(tmp_path: pathlib.Path, single: 
         )
         found = load_text_tokenizer(tmp_path / str(again) / "text_tokenizer").single_chinese
         assert found is (trained.single_chinese if again is None else again)
+
+
+def test_continuations_are_pairs_of_a_speaker_beside_the_utterances_themselves(
+    tmp_path: pathlib.Path, inputs: tuple[pathlib.Path, pathlib.Path]
+) -> None:
+    tokenize(*inputs, tmp_path / "plain", vocabulary_size=320)
+    result = tokenize(*inputs, tmp_path / "corpus", vocabulary_size=320, continuations=True)
+    alone, records = (read_all(TokenCorpus(tmp_path / name), "train") for name in ("plain", "corpus"))
+    pairs = [record for record in records if "+" in record.id]
+    assert [record.id for record in records if "+" not in record.id] == [record.id for record in alone]
+    by_id, known = {record.id: record for record in alone}, [r for r in alone if r.speaker != "unknown"]
+    assert len(pairs) == result.num_continuations == len(known) - 2  # the first of each of two speakers has none before
+    assert result.num_utterances == len(records) - len(pairs) + len(read_all(TokenCorpus(tmp_path / "corpus"), "test"))
+    for pair in pairs:
+        first, second = (by_id[identity] for identity in pair.id.split("+"))
+        of_speaker = [record.id for record in known if record.speaker == pair.speaker]
+        assert of_speaker.index(second.id) == of_speaker.index(first.id) + 1
+        assert (first.speaker, pair.text) == (second.speaker, f"{first.text} {second.text}")
+        for column in ("text_tokens", "speech_tokens"):
+            both = [getattr(record, column) for record in (first, second)]
+            np.testing.assert_array_equal(getattr(pair, column), np.concatenate(both))
+    assert not any("+" in record.id for record in read_all(TokenCorpus(tmp_path / "corpus"), "test"))
+
+
+def test_no_continuation_is_longer_than_half_a_minute_or_has_two_prefixes(tmp_path: pathlib.Path) -> None:
+    utterances = make_utterances(9)
+    speech = make_speech(utterances)
+    speech["é0"] = np.zeros(740, np.int32)
+    inputs = write_inputs(tmp_path, utterances, speech)
+    train_text_tokenizer(["something else"] * 3, 290).save(tmp_path / "foreign")
+    tokenize(*inputs, tmp_path / "corpus", text_tokenizer=str(tmp_path / "foreign"), continuations=True)
+    ids = {record.id for record in read_all(TokenCorpus(tmp_path / "corpus"), "train")}
+    assert "é1+é4" in ids
+    assert not any(identity.startswith("é0+") for identity in ids)
+    with pytest.raises(UserError, match="prefix=speaker out"):
+        tokenize(*inputs, tmp_path / "other", prefix="speaker", continuations=True)
 
 
 def test_prefixes_stand_in_front_of_the_text(tmp_path: pathlib.Path) -> None:

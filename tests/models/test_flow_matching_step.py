@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cv2jax.models.flow_matching.config import LOOKAHEAD, FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import offline_mask, stream_mask
+from cv2jax.models.flow_matching.generate import choose_mask, offline_mask, stream_mask
 from cv2jax.models.flow_matching.model import FlowMatching, init_params, solve
 from cv2jax.models.flow_matching.step import FlowState, Hop, grow_state, init_state, state_bytes, step
 from cv2jax.nn.masks import NO_CHUNK, NO_LEFT, MaskSpec
@@ -247,3 +247,20 @@ def test_masks_that_evaluations_hear(chunks, offline, stream):
     every = (-1,) * len(chunks)
     config = dataclasses.replace(CONFIG, mask_chunks=chunks, mask_lefts=every, mask_prompts=(0,) * len(chunks))
     assert (offline_mask(config).chunk, stream_mask(config).chunk) == (offline, stream)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({}, "chunk 5 left 10"),
+        ({"chunk": 5}, "chunk 5 left 10"),
+        ({"chunk": 25}, "chunk 25 left 50"),
+        ({"chunk": 25, "left": -1}, "chunk 25"),
+        ({"left": 7}, "chunk 5 left 7"),
+        ({"chunk": 8}, "chunk 8"),
+        ({"chunk": 8, "left": 0}, "chunk 8 left 0"),
+    ],
+)
+def test_the_mask_to_stream_under_is_a_trained_one_with_its_left_context(asked, name):
+    masks = {"mask_chunks": (0, 5, 5, 25), "mask_lefts": (-1, 10, -1, 50), "mask_prompts": (0, 40, 0, 0)}
+    assert choose_mask(dataclasses.replace(CONFIG, **masks), **asked).name == name

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cv2jax.nn.layers import Linear
-from cv2jax.nn.stack import apply_stack, stack_layers, unstack_layers
+from cv2jax.nn.stack import apply_stack, match_layers, stack_layers, unstack_layers
 
 
 class Block(nn.Module):
@@ -114,3 +114,18 @@ def test_unstack_layers_is_the_reverse():
     again = unstack_layers(stack_layers(params))
     assert set(again) == set(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_stacks_match_another_tree_in_either_form_and_inside_one_another():
+    inner = lambda i: {f"blocks_{j}": {"a": jnp.full((2,), 10 * i + j)} for j in range(11)} | {"out_0": jnp.full(1, i)}  # noqa: E731
+    unrolled = {f"stages_{i}": inner(i) for i in range(3)} | {"out": jnp.ones(3)}
+    scanned = {"stages": {"blocks": {"a": jnp.zeros(())}, "out_0": jnp.zeros(())}, "out": jnp.zeros(())}
+    stacked = match_layers(unrolled, scanned)
+    assert jax.tree.structure(stacked) == jax.tree.structure(scanned)
+    want = 10 * np.arange(3)[:, None, None] + np.arange(11)[:, None] + np.zeros(2)
+    np.testing.assert_array_equal(stacked["stages"]["blocks"]["a"], want)
+    again = match_layers(stacked, unrolled)
+    assert jax.tree.structure(again) == jax.tree.structure(unrolled)
+    jax.tree.map(np.testing.assert_array_equal, again, unrolled)
+    with pytest.raises(KeyError, match="other"):
+        match_layers(unrolled, {"other": jnp.ones(1)})

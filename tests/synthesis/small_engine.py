@@ -11,6 +11,7 @@ from cv2jax.audio.mel import MelDefinition
 from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.engine import Engine
 from cv2jax.synthesis.plan import HopPlan
+from cv2jax.synthesis.request import Request
 from cv2jax.synthesis.sampling import RequestSampler
 from cv2jax.synthesis.stages import Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice
@@ -32,11 +33,14 @@ def tokenizer():
 
 
 @functools.cache
-def speech_stage(num_steps: int = 9):
+def speech_stage(num_steps: int = 9, spoilt: int | None = None):
+    """The language model; the embedding of text token `spoilt` is NaN."""
     rng = np.random.default_rng(7)
     params = jax.tree.map(
         lambda a: jnp.asarray(a + 0.15 * rng.normal(size=a.shape), jnp.float32), golden_params(golden_config())
     )
+    if spoilt is not None:
+        params["text_embedding"] = params["text_embedding"].at[spoilt].set(jnp.nan)
     return make_speech_stage(golden_config(), params, RequestSampler(), num_steps=num_steps)
 
 
@@ -77,3 +81,19 @@ def make_engine(**settings) -> Engine:
         "plan": HopPlan(real_time_factor=0.5),
     } | settings
     return Engine(settings.pop("stages", stages()), settings.pop("tokenizer", tokenizer()), **settings)
+
+
+def ask(**settings) -> Request:
+    """A request of 31 to 40 tokens, where it draws any."""
+    drawn = {} if settings.get("mode") == "conversion" else {"max_length": 40, "min_length": 31}
+    return Request(**({"voice": voice(), "text": TEXT} | drawn | settings))
+
+
+def hear(session) -> np.ndarray:
+    """The waveform; counters must be those of its samples."""
+    frames, place = list(session), 0
+    for frame in frames:
+        assert frame.first_sample == place
+        assert np.abs(frame.samples).max() <= 0.99
+        place += len(frame.samples)
+    return np.concatenate([frame.samples for frame in frames]) if frames else np.zeros(0, np.float32)

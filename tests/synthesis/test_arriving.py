@@ -28,6 +28,7 @@ TEXTS = {
     "no end": f"{CLAUSE} " * 30,
     "chinese": "今天天气很好我们一起去公园散步然后回家吃饭。" * 20,
     "no words": "... !!! \n\n ...",
+    "no blanks": "a" * 3_000 + "[breath]" * 400 + "e\u0301" * 900,
     "words late": " \n... " + f"{CLAUSE}.\n" * 3,
 }
 
@@ -60,3 +61,22 @@ def test_a_text_without_clauses_ends_at_words():
 def test_short_text_is_one_piece():
     assert cut("Yes. No. Maybe!") == ["Yes. No. Maybe!"]
     assert cut("  \n ") == []
+
+
+def test_what_has_no_blanks_is_cut_between_characters_but_not_in_tags():
+    pieces = cut(TEXTS["no blanks"])
+    assert max(map(len, pieces)) <= 1281 + 8
+    assert 8 <= len(pieces) <= 10
+    assert all(piece.count("[") == piece.count("]") and piece[0] != "\u0301" for piece in pieces)
+    assert all(piece.endswith(" ") for piece in cut("café " * 400)[:-1])  # é is no place to cut at
+
+
+def test_a_line_that_is_complete_ends_a_piece():
+    splitter = ArrivingPieces()
+    assert splitter.end() == []
+    assert splitter.push("\n") + splitter.end() == []
+    assert splitter.push("one two.\n") + splitter.end() == [("one two.\n", False), ("", True)]
+    assert splitter.end() == []
+    assert splitter.push(" and") + splitter.flush() == [("and", False)]
+    assert splitter.push(f"{CLAUSE} " * 5 + ".\n")[-1][1] is False  # the mark waits for what follows
+    assert splitter.end() == [("\n", True)]

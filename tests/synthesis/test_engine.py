@@ -17,26 +17,25 @@ from cv2jax.synthesis.request import Request
 from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechStreams
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
 from cv2jax.synthesis.wave_stream import synthesise
-from tests.synthesis.small_engine import CHUNK, PER_TOKEN, TEXT, make_engine, speech_stage, stages, tokenizer, voice
+from tests.synthesis.small_engine import (
+    CHUNK,
+    PER_TOKEN,
+    TEXT,
+    ask,
+    hear,
+    make_engine,
+    speech_stage,
+    stages,
+    tokenizer,
+    voice,
+)
+
+SOURCE = {"source_tokens": np.arange(3)}
 
 
 @pytest.fixture(scope="module")
 def engine():
     return make_engine()
-
-
-def ask(**settings) -> Request:
-    return Request(**({"voice": voice(), "text": TEXT, "max_length": 40, "min_length": 31} | settings))
-
-
-def hear(session) -> np.ndarray:
-    """The waveform; counters must be those of its samples."""
-    frames, place = list(session), 0
-    for frame in frames:
-        assert frame.first_sample == place
-        assert np.abs(frame.samples).max() <= 0.99
-        place += len(frame.samples)
-    return np.concatenate([frame.samples for frame in frames]) if frames else np.zeros(0, np.float32)
 
 
 def by_hand(request: Request, prompt_text: list[int], prompt_speech: np.ndarray, recording: bool) -> np.ndarray:
@@ -133,6 +132,7 @@ def test_a_stream_is_bit_for_bit_the_whole_and_a_seed_is_a_seed(engine):
     assert (result.seed, result.num_pieces, engine.num_open) == (3, 1, 0)
     assert result.first_audio is not None
     assert 0 < result.first_audio < result.total
+    assert list(result.seconds) == ["voice", "tokenizer", "text", "lm", "flow", "vocoder"]
     assert all(result.seconds[name] > 0 for name in ("text", "lm", "flow", "vocoder"))
 
 
@@ -246,8 +246,11 @@ def test_twenty_thousand_characters_are_split(engine):
     next(session)
     session.cancel()
     with pytest.raises(UserError, match=r"^request: text, prompt and at least .* positions, more than 32768; split"):
-        engine.open(ask(text="one " * 20_000, max_length=None, min_length=None))
+        engine.open(ask(min_length=40_000, max_length=None))
     assert engine.num_open == 0
+    for text in ("one " * 5_000, "一" * 20_000, "a" * 20_000):  # without an end of a clause
+        with engine.open(ask(text=text)) as session:
+            assert len(session.pieces) > 30
 
 
 @pytest.mark.parametrize("speed", [0.8, 1.25])
@@ -265,6 +268,7 @@ def test_a_source_is_tokenised(engine):
     got, result = engine.speak(ask(text="", mode="conversion", source=wave))
     want, _ = engine.speak(ask(text="", mode="conversion", source_tokens=np.arange(25, dtype=np.int32)))
     np.testing.assert_array_equal(got, want)
+    assert result.seconds["tokenizer"] > result.seconds["text"]
     assert (result.num_speech_tokens, result.num_text_tokens, result.seconds["lm"]) == (25, 0, 0.0)
 
 
@@ -301,6 +305,7 @@ def test_a_limit_and_nothing_at_all_are_reported(engine):
     finally:
         engine._speech.advance = drawn
     assert (session.result.status, session.result.num_samples) == ("empty", 0)
+    assert session.result.message == "request: piece 1 of 1: nothing was drawn"
 
 
 def test_what_is_not_finite_ends_with_what_was_heard_before():
@@ -355,6 +360,9 @@ def test_scores_that_are_not_finite_are_reported():
         ({"min_length": 50}, "must be 0 <= min <= max"),
         ({"mode": "conversion"}, "needs a recording to convert"),
         ({"mode": "conversion", "text": "", "arriving": True}, "cannot be converted while it arrives"),
+        ({"mode": "conversion", "text": "", "min_length": 3, **SOURCE}, "draws no tokens; leave min_length out"),
+        ({"mode": "conversion", "text": "", "sampling": {"top_k": 3}, **SOURCE}, "leave sampling out"),
+        ({"arriving": True, "language": "en"}, "language en: text that arrives is read as it is"),
         ({"source_tokens": np.arange(3)}, "for the source choose mode conversion"),
         ({"mode": "conversion", "source_tokens": np.arange(3)}, "has no text; leave it out"),
         ({"mode": "conversion", "text": "", "source_tokens": np.array([61])}, "speech token 61 at place 0 is outside"),
@@ -417,7 +425,7 @@ def test_a_model_without_a_language_model_converts_only():
 def test_voices_are_solved_once_and_few_are_kept():
     engine = make_engine(max_voices=1)
     first = engine.enroll(voice())
-    assert engine.enroll(voice()) is first
+    assert engine.enroll(dataclasses.replace(voice(), mel=voice().mel.copy())) is first  # read anew, it is the same
     engine.enroll(voice(7))
     assert len(engine._voices) == 1
     assert engine.enroll(voice()) is not first

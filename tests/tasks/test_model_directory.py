@@ -71,6 +71,13 @@ def test_voices_are_found_by_name_and_by_path(model):
     assert find_voice(model, "other/ann.safetensors").as_posix() == "other/ann.safetensors"
     with pytest.raises(UserError, match=r"m/voices: no voice 'ann'; it has none; give a \.safetensors file or"):
         find_voice(model, "ann")
+    with pytest.raises(UserError, match=r"nowhere: no such model directory; give one, with voices in .*nowhere/voices"):
+        find_voice(model / "nowhere", "ann")
+    (model / "a.wav").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"a.wav: is no voice \(\.safetensors\); make one of a recording: cv2jax enroll"
+    ):
+        find_voice(model, str(model / "a.wav"))
     (model / "voices").mkdir()
     for name in ("zoe", "ann"):
         (model / "voices" / f"{name}.safetensors").write_bytes(b"")

@@ -116,10 +116,36 @@ def test_a_piece_closes_only_above_the_minimum_and_a_short_end_joins():
     assert lengths(10, 10, 10, token_max_n=15, token_min_n=5, merge_len=0) == [10, 10, 10]
 
 
-def test_a_very_long_text_without_punctuation_stays_whole():
-    assert split_paragraph("好" * 10_000, len, language="zh") == ["好" * 10_000 + "。"]
-    assert split_paragraph("ab " * 3_000, len, language="en") == ["ab " * 3_000 + "."]
-    assert split_paragraph("あ" * 10_000, len) == ["あ" * 10_000]
+def test_a_clause_is_cut_only_beyond_the_bound():
+    for number in (159, 160):
+        assert split_paragraph("好" * (number - 1) + "。", _never, language="zh") == ["好" * (number - 1) + "。"]
+    assert split_paragraph("好" * 200 + "。", _never, language="zh") == ["好" * 160, "好" * 40 + "。"]
+    assert split_paragraph("ab " * 60 + "end.", len, language="en") == [("ab " * 53)[:-1], " ab" * 7 + " end."]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("one " * 5_000, "en"),
+        ("好" * 20_000, "zh"),
+        ("あ" * 20_000, None),
+        ("a" * 20_000, "en"),
+        ("[breath]" * 2_500, "en"),
+        ("e\u0301" * 10_000, "en"),
+        ("很<strong>重</strong>要" * 900, "zh"),
+    ],
+)
+def test_text_without_clause_ends_is_cut_and_nothing_is_lost(text, language):
+    pieces = split_paragraph(text, lambda part: -(-len(part) // 2), language=language)
+    assert "".join(pieces).removesuffix("。").removesuffix(".") == text
+    assert len(pieces) >= len(text) // 330
+    assert max(map(len, pieces)) <= 2 * (160 + 20)
+    for piece in pieces:
+        assert piece[0] != "\u0301"
+        assert piece.count("[") == piece.count("]")
+        assert piece.count("<") == piece.count(">")
+    if text.startswith("one"):
+        assert {word for piece in pieces for word in piece.split()} == {"one", "."}
 
 
 @pytest.mark.parametrize(

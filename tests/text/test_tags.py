@@ -11,9 +11,12 @@ from cv2jax.text.tags import (
     TAGS,
     Prefix,
     Segment,
+    TagState,
     build_instruct_prefix,
     build_speaker_prefix,
+    check_more_tags,
     check_tags,
+    check_tags_closed,
     split_prefix,
     split_tags,
 )
@@ -101,6 +104,43 @@ def test_sound_texts_pass_the_check(text):
 def test_the_check_names_the_fault(text, message):
     with pytest.raises(UserError, match=message):
         check_tags(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<strong>a",
+        "a</laughter>",
+        "so <strong>a<strong>b</strong>",
+        "<laughter></laughter> </laughter>",
+        "a<|endofprmpt|>b",
+        "a <|endofprompt|>b<|endofprompt|> c",
+        "<b> < <| <strong>x</strong> 1 < 2 <stronger [breath]",
+        "Speak softly.<|endofprompt|>Hello <strong>you</strong>",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_text_that_arrives_is_checked_as_if_it_were_whole(text, size):
+    def check_all(*parts):
+        try:
+            state = TagState()
+            for part in parts:
+                state = check_more_tags(state, part)
+            check_tags_closed(state)
+        except UserError as error:
+            return str(error)
+        return None
+
+    assert check_all(*[text[i : i + size] for i in range(0, len(text), size)]) == check_all(text)
+
+
+def test_of_arriving_text_only_what_may_be_a_tag_is_held():
+    state = check_more_tags(TagState(), "one <b> 2 < 3 <lau")
+    assert (state.num_checked, state.held) == (14, "<lau")
+    assert check_more_tags(state, "gh").held == "<laugh"
+    assert check_more_tags(state, " x").held == ""
+    with pytest.raises(UserError, match=r"<\|im_start\|> does not belong"):
+        check_more_tags(check_more_tags(state, " <|im_st"), "art|>")
 
 
 @pytest.mark.parametrize("instruction", ["用四川话说这句话", "Speak softly, like a speaker.", " as given. "])

@@ -36,3 +36,12 @@ def stream_mask(config: FlowMatchingConfig) -> ChunkMask:
     """The narrowest of the trained masks that streams in hops of more than a token; else what comes nearest to it."""
     by_chunk = sorted(config.masks, key=lambda mask: mask.chunk)
     return next((mask for mask in by_chunk if 1 < mask.chunk < NO_CHUNK), by_chunk[0])
+
+
+def choose_mask(config: FlowMatchingConfig, *, chunk: int | None = None, left: int | None = None) -> ChunkMask:
+    """The mask to stream under, in tokens, without a prompt: `stream_mask`, or the first trained one with that chunk.
+
+    Args:
+      chunk: None: that of `stream_mask`. left: tokens of left context, -1: without an end; None: as trained with that chunk.
+    """
+    return pick_mask((stream_mask(config), *config.masks), chunk=chunk, left=left)

@@ -77,6 +77,11 @@ class HiftVocoderConfig:
             raise UserError(
                 f"model.generator.width={self.width}: is halved {stages} times; give a multiple of {2**stages}"
             )
+        if min((*self.upsample_rates, *self.upsample_kernels), default=0) < 1:
+            raise UserError(
+                f"model.generator.upsample_rates={self.upsample_rates}, upsample_kernels={self.upsample_kernels}: give some,"
+                " all positive"
+            )
         for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=True):
             if kernel < rate or (kernel - rate) % 2:
                 raise UserError(

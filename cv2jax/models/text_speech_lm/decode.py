@@ -152,10 +152,20 @@ def grow(state: DecodeState, length: int) -> DecodeState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def reset(state: DecodeState, slots: Bool[Array, " B"]) -> DecodeState:
-    """Empties the slots that are True, each for its next request; caches need no clearing."""
+    """Empties the slots that are True, each for its next request.
+
+    Caches need no clearing but where they may hold what is not finite: a weight of 0 in the attention does not hide that.
+    """
     recent = jnp.where(slots[:, None], NO_TOKEN, state.recent)
     number = {name: jnp.where(slots, 0, getattr(state, name)) for name in ("num_cached", "num_generated", "status")}
-    return _placed(dataclasses.replace(state, recent=recent, **number))
+    spoilt = slots & ((state.status == NON_FINITE) | ~jnp.all(jnp.isfinite(state.logits), axis=-1))
+    logits = jnp.where(spoilt[:, None], 0.0, state.logits)
+
+    def clear(cache: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: jnp.where(spoilt[:, None, None, None], jnp.zeros((), a.dtype), a), cache)
+
+    cache = jax.lax.cond(jnp.any(spoilt), clear, lambda cache: cache, state.cache)
+    return _placed(dataclasses.replace(state, cache=cache, logits=logits, recent=recent, **number))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="impl", donate_argnums=2)

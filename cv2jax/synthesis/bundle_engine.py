@@ -38,7 +38,7 @@ def make_bundle_engine(
 ) -> Engine:
     """The engine of a bundle, on this process's first device or the one given.
 
-    Raises UserError as `load_bundle`, and for options that its programs were not made for.
+    Raises UserError as `load_bundle`, for options that cannot be, and for those that its programs were not made for.
     """
     options.validate()
     stages, tokenizer, _, facts, _ = load_bundle(path, device)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool
 
 from cv2jax.config import UserError
 from cv2jax.synthesis.bundle_files import EXPORT_AGAIN, PARAMETERS, PROGRAMS, read_arrays
+from cv2jax.synthesis.stages import NON_FINITE
 
 Arrays = dict[str, Any]  # by name
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -204,4 +205,12 @@ def _reset(table: Table, state: Arrays, slots: Bool[Array, " B"]) -> Arrays:
             return array
         return jnp.where(slots.reshape(-1, *(1,) * (array.ndim - 1)), jnp.asarray(leaf.fill, array.dtype), array)
 
-    return {leaf.name: emptied(leaf) for leaf in table}
+    made = {leaf.name: emptied(leaf) for leaf in table}
+    if "logits" not in state:
+        return made
+    # A weight of 0 in the attention does not hide what is not finite: caches of such slots, and only they, are cleared.
+    spoilt = slots & ((state["status"] == NON_FINITE) | ~jnp.all(jnp.isfinite(state["logits"]), axis=-1))
+    clear = lambda a: jnp.where(spoilt.reshape(-1, *(1,) * (a.ndim - 1)), jnp.zeros((), a.dtype), a)  # noqa: E731
+    floats = {name: array for name, array in made.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    cleared = jax.lax.cond(jnp.any(spoilt), lambda arrays: jax.tree.map(clear, arrays), lambda arrays: arrays, floats)
+    return made | cleared

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Int32
 
 from cv2jax.audio.io import AudioClip, convert_rate
 from cv2jax.config import UserError
+from cv2jax.nn.chunks import NO_CHUNK
 from cv2jax.synthesis.bundle import load_bundle
 from cv2jax.synthesis.bundle_files import EXPORT_AGAIN
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
@@ -52,6 +53,8 @@ def load_bundle_encoders(path: str | os.PathLike[str]) -> Encoders:
             f"{path}: the bundle has no speech tokenizer; enroll with the model directory, or put one there and export it"
             f" again ({EXPORT_AGAIN} cannot add it)"
         )
+
+    mask = bundle.facts.mask
 
     def encode(clip: AudioClip) -> Prompt:
         tokens = tokenizer.tokenize(convert_rate(clip, tokenizer.rate_hz))

@@ -9,6 +9,7 @@ from jax import export
 from cv2jax.config import UserError
 from cv2jax.synthesis import bundle_files as files
 from cv2jax.synthesis.bundle_programs import Leaf, Programs, require_calling_convention
+from cv2jax.synthesis.stages import NON_FINITE, OK, RUNNING
 
 STAGE = "adder"
 TABLE = [
@@ -82,6 +83,25 @@ def test_states_grow_are_refilled_and_reset(place):
     emptied = programs.reset(STAGE, state, np.array([True, False]))
     np.testing.assert_array_equal(emptied["count"], [0, 6])
     np.testing.assert_array_equal(emptied["positions"], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_a_slot_that_is_not_finite_is_cleared_with_its_caches(place):
+    table = [
+        Leaf("keys", (3, 4), "float32", 0),
+        Leaf("logits", (3, 2), "float32", 0),
+        Leaf("status", (3,), "int32", 0, True),
+    ]
+    manifest = make_manifest(place, states={STAGE: {"s4": [leaf._asdict() for leaf in table]}})
+    programs = Programs(place, manifest)
+    state = {
+        "keys": jnp.full((3, 4), 7.0).at[0, 1].set(jnp.nan),
+        "logits": jnp.ones((3, 2)).at[0, 1].set(jnp.nan),
+        "status": jnp.array([RUNNING, NON_FINITE, OK]),
+    }
+    emptied = programs.reset(STAGE, state, np.array([True, True, True]))
+    np.testing.assert_array_equal(emptied["keys"], [[0] * 4, [0] * 4, [7] * 4])
+    np.testing.assert_array_equal(emptied["logits"], [[0, 0], [0, 0], [1, 1]])
+    np.testing.assert_array_equal(emptied["status"], [0, 0, 0])
 
 
 def test_what_a_bundle_lacks_is_named_with_the_mend(place):

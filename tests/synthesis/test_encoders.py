@@ -5,7 +5,7 @@ import pytest
 
 from cv2jax.audio.io import AudioClip
 from cv2jax.config import UserError
-from cv2jax.nn.chunks import ChunkMask
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
 from cv2jax.synthesis import encoders
 from cv2jax.synthesis.bundle import PromptMel
 from cv2jax.synthesis.stages import SpeakerStage, TokenizerStage
@@ -17,10 +17,9 @@ def make_bundle(**changes):
         "tokenizer": TokenizerStage(tokenize=lambda wave: np.arange(len(wave) // 640, dtype=np.int32), hash="tok"),
         "speaker": SpeakerStage(embed=lambda wave: np.array([wave.mean(), len(wave)], np.float32), hash="spk"),
         "prompt_mel": PromptMel(make=lambda wave: np.zeros((len(wave) // 480 - 3, 5), np.float32), rate_hz=24_000),
-        "mel": SimpleNamespace(trained=(ChunkMask(chunk=25), ChunkMask(chunk=50))),
     } | changes
-    prompt_mel = parts.pop("prompt_mel")
-    facts = SimpleNamespace(manifest={"stand_ins": True})
+    prompt_mel, chunk = parts.pop("prompt_mel"), parts.pop("chunk", 25)
+    facts = SimpleNamespace(manifest={"stand_ins": True}, mask=ChunkMask(chunk=chunk))
     return SimpleNamespace(stages=SimpleNamespace(**parts), prompt_mel=prompt_mel, facts=facts)
 
 

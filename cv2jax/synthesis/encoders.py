@@ -69,6 +69,6 @@ def load_bundle_encoders(path: str | os.PathLike[str]) -> Encoders:
         embed=None if speaker is None else embed,
         speech_tokenizer=tokenizer.hash,
         speaker_encoder="" if speaker is None else speaker.hash,
-        chunk=bundle.facts.mask.chunk,
+        chunk=mask.chunk if mask.chunk < NO_CHUNK else None,
         stand_ins=speaker is not None and bundle.facts.manifest["stand_ins"],
     )

@@ -5,7 +5,6 @@ import os
 
 from cv2jax.config import from_dict
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
-from cv2jax.models.flow_matching.generate import stream_mask
 from cv2jax.models.speaker_encoder.batching import PIECE_SECONDS
 from cv2jax.nn.chunks import NO_CHUNK, stream_mask
 from cv2jax.synthesis.encoders import Encoders

@@ -5,7 +5,7 @@ import pytest
 
 from cv2jax.audio.io import AudioClip
 from cv2jax.config import UserError
-from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
+from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis import encoders
 from cv2jax.synthesis.bundle import PromptMel
 from cv2jax.synthesis.stages import SpeakerStage, TokenizerStage

@@ -23,6 +23,7 @@ GIB = 2**30
 POSITIONS = 16_384  # on each of the 16 chips, at least
 
 
+@pytest.mark.full  # minutes of two cores
 def test_the_official_step_fits_sixteen_v5e(tmp_path):
     corpus = make_small_token_corpus(tmp_path / "tokens")
     sets = (f"data.corpus={corpus}", "compute_dtype=bfloat16")

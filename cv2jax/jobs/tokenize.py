@@ -26,6 +26,7 @@ UNKNOWN_SPEAKERS = ("", "unknown")
 # Sizes tried in turn for a vocabulary of our own: the first whose text tokens stand for enough speech each.
 VOCABULARY_SIZES = (320, 400, 500, 640, 800, 1000, 1500, 2000, 4000, 8000, 16_000)
 WANTED_RATIO = 6.0  # speech tokens a text token, in the middle of the 4 … 12 that is checked
+Joined = tuple[Utterance, str, np.ndarray]
 _MAX_CONTINUED = 750  # speech tokens of two utterances: 30 s
 _BLOCK = 1024  # utterances tokenised together
 
@@ -103,24 +104,15 @@ def tokenize(
     with TokenCorpusWriter(out, metadata) as writer:
         tokenizer.save(writer.text_tokenizer)
         for block in _blocks(scan, tokens, read, left_out):
-            encoded = tokenizer.encode_batch([text for _, text, _ in block])
-            for (utterance, text, speech_tokens), text_tokens in zip(block, encoded, strict=True):
-                record = TokenRecord(
-                    id=utterance.id,
-                    text=text,
-                    text_tokens=np.array(text_tokens, np.int32),
-                    speech_tokens=speech_tokens,
-                    speaker=utterance.speaker,
-                    language=utterance.language,
-                )
-                writer.write(utterance.split, record)
-                counts["num_text_tokens"] += len(text_tokens)
-                counts["num_speech_tokens"] += len(speech_tokens)
-                if continuations and utterance.split == train_split and record.speaker not in UNKNOWN_SPEAKERS:
+            for split, record in _records(block, tokenizer):
+                writer.write(split, record)
+                counts["num_text_tokens"] += len(record.text_tokens)
+                counts["num_speech_tokens"] += len(record.speech_tokens)
+                if continuations and split == train_split and record.speaker not in UNKNOWN_SPEAKERS:
                     joined = _continue(before.get(record.speaker), record)
                     before[record.speaker] = record
                     if joined is not None:
-                        writer.write(utterance.split, joined)
+                        writer.write(split, joined)
                         counts["num_continuations"] += 1
             counts["num_utterances"] += len(block)
         if not counts["num_utterances"]:
@@ -178,6 +170,21 @@ def _reader(prefix: str, normalizer: str) -> Callable[[Utterance], str]:
     return read
 
 
+def _records(block: Sequence[Joined], tokenizer: TextTokenizer) -> Iterator[tuple[str, TokenRecord]]:
+    """(split, record) of each utterance of a block."""
+    encoded = tokenizer.encode_batch([text for _, text, _ in block])
+    for (utterance, text, speech_tokens), text_tokens in zip(block, encoded, strict=True):
+        record = TokenRecord(
+            id=utterance.id,
+            text=text,
+            text_tokens=np.array(text_tokens, np.int32),
+            speech_tokens=speech_tokens,
+            speaker=utterance.speaker,
+            language=utterance.language,
+        )
+        yield utterance.split, record
+
+
 def _continue(before: TokenRecord | None, record: TokenRecord) -> TokenRecord | None:
     """Both utterances as one; None where there is none before, or they are longer than upstream trains on.
 
@@ -192,9 +199,6 @@ def _continue(before: TokenRecord | None, record: TokenRecord) -> TokenRecord | 
         text_tokens=np.concatenate([before.text_tokens, record.text_tokens]),
         speech_tokens=np.concatenate([before.speech_tokens, record.speech_tokens]),
     )
-
-
-Joined = tuple[Utterance, str, np.ndarray]
 
 
 def _blocks(

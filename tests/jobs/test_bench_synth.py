@@ -23,6 +23,7 @@ def of(figures: list, *words: str) -> list[list[float]]:
     return [values for case, unit, values in figures if all(word in f"{case} [{unit}]" for word in words)]
 
 
+@pytest.mark.slow
 def test_every_case_has_its_figures(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_synth, "make_workload", lambda options: work)
     monkeypatch.setattr(bench_synth, "_SOAK", 4)

@@ -25,6 +25,7 @@ from cv2jax.nn.chunks import stream_mask
 from cv2jax.synthesis.voice import load_voice, require_voice
 from cv2jax.tasks import model_encoders
 from cv2jax.tasks.encoders import embed_recordings, load_speaker_encoder, load_tokenizer
+from cv2jax.tasks.model_encoders import streaming_chunk
 from tests.small_model_directory import add_flow, make_model_directory, make_speech
 
 TEXT = "a quick brown fox"
@@ -257,9 +258,8 @@ def test_a_prompt_is_cut_for_the_chunk_that_the_engine_streams_in(tmp_path, chun
     add_flow(tmp_path, "abc", chunks=chunks)
     every = (-1,) * len(chunks)
     config = FlowMatchingConfig(mask_chunks=chunks, mask_lefts=every, mask_prompts=(0,) * len(chunks))
-    assert job._find_chunk(tmp_path, None) == chunk
+    assert streaming_chunk(tmp_path) == chunk
     assert chunk in (None, stream_mask(config.masks).chunk)
-    assert job._find_chunk(tmp_path, 8) == 8
 
 
 def test_what_the_model_directory_lacks_is_told_before_the_work(model, tokenizer, tmp_path, capfd):

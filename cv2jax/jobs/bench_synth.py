@@ -235,7 +235,7 @@ class Soaked:
     statuses: list[str]
 
 
-def soak(engine: Engine, voice: Voice, text: str, *, num_requests: int = _SOAK, num_tokens: int = 30) -> Soaked:
+def soak(engine: Engine, voice: Voice, text: str, *, num_requests: int, num_tokens: int = 30) -> Soaked:
     """Requests of mixed modes, lengths, speeds and seeds, two at a time, a fifth of which are cancelled on the way.
 
     The words of those whose text arrives are pushed while the others run. RuntimeError for one that ends in another way than
@@ -300,7 +300,7 @@ def _resident_mb() -> float:
 
 
 def _soaked(work: Workload) -> list[Figure]:
-    found = soak(work.engine, work.voice, work.text)
+    found = soak(work.engine, work.voice, work.text, num_requests=_SOAK)
     case = f"{work.name}, soak of {_SOAK} mixed requests, {found.statuses.count('cancelled')} cancelled"
     settled = f"{case}, from number {_SETTLED} to the end"
     return [

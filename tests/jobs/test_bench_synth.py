@@ -69,7 +69,7 @@ def test_a_player_waits_where_a_frame_is_late(work: Workload, times: list[float]
 
 @pytest.mark.full
 def test_memory_is_flat_over_two_hundred_mixed_requests(work: Workload) -> None:
-    found = soak(work.engine, work.voice, work.text)
+    found = soak(work.engine, work.voice, work.text, num_requests=200)
     assert len(found.statuses) == 200
     assert 20 <= found.statuses.count("cancelled") <= 60
     assert set(found.statuses) <= {"cancelled", "hit_limit", "ok"}

@@ -1,7 +1,11 @@
 """What the tests of the ONNX graphs share: a session on the CPU, and graphs that are changed by hand."""
 
+import re
+
 import numpy as np
 import pytest
+
+from cv2jax.convert.onnx_graphs import UnknownGraph
 
 
 def run(path, **inputs):
@@ -68,3 +72,11 @@ def assert_same(got, want):
     assert set(got) == set(want)
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def assert_unknown(read, path, why):
+    """`read` says of the file, in one line, that its graph is not known, and why: a pattern."""
+    pattern = rf"{re.escape(path.name)}: is not a graph that is known here \(.*({why})"
+    with pytest.raises(UnknownGraph, match=pattern) as error:
+        read(path)
+    assert "\n" not in str(error.value)

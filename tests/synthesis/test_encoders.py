@@ -5,7 +5,7 @@ import pytest
 
 from cv2jax.audio.io import AudioClip
 from cv2jax.config import UserError
-from cv2jax.nn.chunks import ChunkMask
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
 from cv2jax.synthesis import encoders
 from cv2jax.synthesis.bundle import PromptMel
 from cv2jax.synthesis.stages import SpeakerStage, TokenizerStage
@@ -52,6 +52,7 @@ def test_each_encoder_of_a_bundle_hears_at_its_own_rate(monkeypatch):
     np.testing.assert_allclose(vectors, [[0.25, 16_000], [0, 8_000]], rtol=1e-3, atol=1e-6)
     assert (found.speech_tokenizer, found.speaker_encoder) == ("tok", "spk")
     assert (found.chunk, found.stand_ins) == (25, True)
+    assert load(monkeypatch, make_bundle(chunk=NO_CHUNK)).chunk is None  # the flow never streams
 
 
 def test_a_bundle_without_encoders_says_so(monkeypatch):

@@ -189,17 +189,21 @@ def _import_models(source: _Official, place: pathlib.Path, hashes: dict[str, str
     return counts
 
 
+def _require_same(path: pathlib.Path, made: str, size: int, key: str, said: int) -> None:
+    """Raises UserError where a graph and the YAML are of different sizes."""
+    if size != said:
+        raise UserError(f"{path}: {made}, and {YAML} says {key} {said}; give files of one model")
+
+
 def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, int], dict[str, str]]:
     """(parameters of the runs made of the two graphs, hashes of both); an unknown graph makes no run."""
     counts: dict[str, int] = {}
     hashes = {stage: source.prints[stage] for stage in ("speech_tokenizer", "speaker_encoder")}
     try:
-        config, reader = read_speech_tokenizer_onnx(source.directory / TOKENIZER)
-        if config.num_codes != source.lm.num_speech_tokens:
-            raise UserError(
-                f"{source.directory / TOKENIZER}: makes {config.num_codes} different tokens, and {YAML} says"
-                f" llm.speech_token_size {source.lm.num_speech_tokens}; give files of one model"
-            )
+        path = source.directory / TOKENIZER
+        config, reader = read_speech_tokenizer_onnx(path)
+        made = f"makes {config.num_codes} different tokens"
+        _require_same(path, made, config.num_codes, "llm.speech_token_size", source.lm.num_speech_tokens)
         params = load_tree(speech_tokenizer_rules(), reader, _abstract(init_encoding_params, config), on_host=True)
         hashes["speech_tokenizer"] = tokenizer_hash(config, params)
         facts = {"vocabulary": [], "model": _without(dataclasses.asdict(config), "remat")}
@@ -207,12 +211,10 @@ def _import_encoders(source: _Official, place: pathlib.Path) -> tuple[dict[str, 
     except UnknownGraph as error:
         _warn_unknown(error)
     try:
-        speaker, reader = read_campplus_onnx(source.directory / SPEAKER_ENCODER)
-        if speaker.embedding_dim != source.flow.speaker_dim:
-            raise UserError(
-                f"{source.directory / SPEAKER_ENCODER}: makes embeddings of {speaker.embedding_dim}, and {YAML} says"
-                f" flow.spk_embed_dim {source.flow.speaker_dim}; give files of one model"
-            )
+        path = source.directory / SPEAKER_ENCODER
+        speaker, reader = read_campplus_onnx(path)
+        made = f"makes embeddings of {speaker.embedding_dim}"
+        _require_same(path, made, speaker.embedding_dim, "flow.spk_embed_dim", source.flow.speaker_dim)
         state = nn.unbox(jax.eval_shape(lambda: speaker_model.init_model_state(speaker)))
         abstract = _abstract(speaker_model.init_params, speaker) | {"norms": state["norms"]}
         loaded = load_tree(campplus_rules(), reader, abstract, on_host=True)

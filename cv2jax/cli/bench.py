@@ -20,7 +20,8 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
             of a model directory (--run) and its first voice
 
 On a CPU lm-train and lm-decode have official width, 4 layers and fp32. They and flow-offline race PyTorch there on the same
-weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone.
+weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone. synth of
+official size is held there against what the official stream's language model and velocity network take in PyTorch.
 
   cv2jax bench all --out bench.json
   cv2jax bench loader --utterances 100000000
@@ -49,7 +50,10 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         "corpus", "", "Prepared corpus for train and loader, instead of a made-up one.", flag_values=flags
     )
     define.DEFINE_string(
-        "against", "torch", "Whom lm-… and flow-offline race on a CPU: torch, or '' for nobody.", flag_values=flags
+        "against",
+        "torch",
+        "Whom lm-…, flow-offline and synth race on a CPU: torch, or '' for nobody.",
+        flag_values=flags,
     )
     define.DEFINE_integer(
         "batch", 0, "Rows that vocoder speaks at once; 0: 1, on a GPU or TPU 1 and 16.", flag_values=flags

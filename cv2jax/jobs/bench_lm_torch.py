@@ -3,6 +3,7 @@
 Ported: llm/llm.py (spec/official.md 3.1-3.5). `text_head=False` is what a careful user of PyTorch would do instead.
 """
 
+import inspect
 import itertools
 import pathlib
 import time
@@ -25,6 +26,9 @@ class OfficialLm:
     def __init__(self, directory: pathlib.Path, params: Mapping[str, Float[np.ndarray, "..."]]) -> None:
         self._lm: Any = Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in params.items()}
+        # Named anew in transformers 5.
+        named = inspect.signature(self._lm.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
         self._special = torch.nn.Embedding.from_pretrained(tensors["special_embedding"], freeze=False)
         self._speech = torch.nn.Embedding.from_pretrained(tensors["speech_embedding"], freeze=False)
         num_inputs, num_outputs = tensors["head_kernel"].shape
@@ -68,15 +72,14 @@ class OfficialLm:
             drawn.append(self._draw(logits.log_softmax(dim=-1), drawn, generator))
             position += 1
             x = self._speech.weight[drawn[-1]].reshape(1, 1, -1)
-            output = self._forward(x, output.past_key_values, position)
+            output = self._forward(x, getattr(output, self._cache_name), position)
             logits = self._head(output.hidden_states[-1][:, -1])[0]
         return time.perf_counter() - start, first.numpy()
 
     def _forward(self, x: torch.Tensor, cache: Any, num_positions: int) -> Any:
         mask = torch.ones((1, num_positions), dtype=torch.bool)
-        return self._lm(
-            inputs_embeds=x, attention_mask=mask, past_key_values=cache, use_cache=True, output_hidden_states=True
-        )
+        options = {self._cache_name: cache, "use_cache": True, "output_hidden_states": True}
+        return self._lm(inputs_embeds=x, attention_mask=mask, **options)
 
     def _embed(self, token: Int[np.ndarray, " T"], kind: Int[np.ndarray, " T"]) -> torch.Tensor:
         """Rows of three tables, run by run, as upstream concatenates them."""

@@ -20,7 +20,7 @@ class BenchOptions:
     utterances: int = 0  # rows of the synthetic index that `loader` also plans
     manifest: str = ""  # prepare this instead of made-up speech
     corpus: str = ""  # train on and load this prepared corpus instead of a made-up one
-    against: str = "torch"  # whom lm-train, lm-decode and flow-offline race on a CPU; "": nobody
+    against: str = "torch"  # whom lm-train, lm-decode, flow-offline and synth race on a CPU; "": nobody
     batch: int = 0  # rows that the vocoder speaks at once; 0: 1, elsewhere than on a CPU 1 and 16
     concurrent: int = 0  # requests that synth also speaks at once
     run: str = ""  # workdir of the vocoder, or model directory of synth, instead of random parameters

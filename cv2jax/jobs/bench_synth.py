@@ -177,8 +177,15 @@ def listen(engine: Engine, requests: Sequence[Request], pieces: Sequence[str] = 
     return found
 
 
-def measure_synth(options: BenchOptions) -> list[Figure]:
-    """All figures: text in hand, text arriving, requests at once; a soak at the tiny size."""
+def measure_synth(options: BenchOptions, place: pathlib.Path | None = None) -> list[Figure]:
+    """All figures: text in hand, text arriving, requests at once; a soak at the tiny size.
+
+    At official size on a CPU also what the official stream takes in PyTorch, for which files are written to `place`.
+    """
+    is_official = not options.run and options.size == "official"
+    theirs = None
+    if place is not None and is_official and options.against and jax.default_backend() == "cpu":
+        theirs = _official_stream(options, place)  # first, and gone before ours takes memory
     work = make_workload(options)
     start = time.perf_counter()
     # Rooms and hops of a whole request: caches that the next one takes over are larger than those it would begin with.
@@ -186,13 +193,34 @@ def measure_synth(options: BenchOptions) -> list[Figure]:
     case = f"{work.name}, voice of {len(work.voice.speech_tokens)} tokens"
     figures: list[Figure] = [(f"{case}, solved and compiled", "s", [time.perf_counter() - start])]
     words = [word + " " for word in work.text.split()]
-    figures += _case(f"{case}, text in hand", work, options.repeats, 1, [])
+    in_hand = _case(f"{case}, text in hand", work, options.repeats, 1, [])
+    figures += in_hand
+    if theirs is not None:
+        (ours,) = (values for name, _, values in in_hand if " of speech" in name and ": all " in name)
+        figures += [(f"official stream in PyTorch, {name}", "s", [seconds]) for name, seconds in theirs.items()]
+        ratios = [sum(theirs.values()) / seconds for seconds in ours]
+        figures.append((f"{case}, text in hand: all of ours against these two of PyTorch", "x", ratios))
     figures += _case(f"{case}, text arriving", work, options.repeats, 1, words)
     if options.concurrent > 1:
         figures += _case(f"{case}, {options.concurrent} at once", work, options.repeats, options.concurrent, [])
     if not options.run and (options.size or "tiny") == "tiny":
         figures += _soaked(work)
     return figures
+
+
+def _official_stream(options: BenchOptions, place: pathlib.Path) -> dict[str, float]:
+    """Seconds of two parts of the official stream in PyTorch, once: they take minutes."""
+    from cv2jax.jobs import bench_synth_torch  # not above: torch is an extra
+
+    num_tokens = round(options.seconds * TOKENS_PER_SECOND) or _DRAWN
+    lm, flow = TextSpeechLmConfig(backbone=Qwen2Config(scan_layers=False)), FlowMatchingConfig()
+    lengths = {"num_prompt": _PROMPT_TOKENS, "num_tokens": num_tokens}
+    return {
+        f"{num_tokens} tokens drawn": bench_synth_torch.time_language_model(
+            lm, place, num_text=_PROMPT_TEXT + _TEXT, **lengths
+        ),
+        "velocity network of all packets": bench_synth_torch.time_velocity(flow, **lengths),
+    }
 
 
 def _case(case: str, work: Workload, repeats: int, number: int, words: list[str]) -> list[Figure]:
@@ -314,7 +342,7 @@ def main(arguments: list[str]) -> int:
     """Measures and leaves `PLACE/result.json`; 2 after a user's mistake, said on stderr."""
     part, options, place = arguments[0], BenchOptions(**json.loads(arguments[1])), pathlib.Path(arguments[2])
     try:
-        figures = measure_synth(options)
+        figures = measure_synth(options, place)
     except UserError as error:
         print(f"bench {part}: {error}", file=sys.stderr)
         return 2

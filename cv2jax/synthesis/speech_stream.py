@@ -224,9 +224,8 @@ class SpeechStreams:
     def _feed(self, working: dict[int, _Slot]) -> None:
         """Feeds all rows together, long ones in several chunks."""
         longest, at = max(len(slot.step.tokens) for slot in working.values()), 0
-        sizes = self._stage.prefill_sizes
         while at < longest:
-            size = min((c for c in sizes if c >= longest - at), default=sizes[-1])
+            size = chunk_size(self._stage.prefill_sizes, longest - at)
             tokens, kinds = np.zeros((2, len(self._slots), size), np.int32)
             num_tokens = np.zeros(len(self._slots), np.int32)
             for i, slot in working.items():
@@ -258,6 +257,15 @@ class SpeechStreams:
         if opened is None:
             raise ValueError(f"slot {slot} has no request")
         return opened
+
+
+def chunk_size(sizes: Sequence[int], rest: int) -> int:
+    """The one of the ascending sizes that feeds the next of `rest` tokens: that which holds them, but never half empty.
+
+    Padding takes as long as tokens do. Of what is left over the smallest size takes whatever there is.
+    """
+    fitting = next((size for size in sizes if size >= rest), sizes[-1])
+    return fitting if fitting < 2 * rest else max((size for size in sizes if size <= rest), default=sizes[0])
 
 
 def _num_slots(stage: SpeechStage, wanted: int) -> int:

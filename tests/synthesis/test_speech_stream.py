@@ -333,3 +333,24 @@ def test_a_stage_speaks_of_statuses_as_the_model_does():
 
 def test_nothing_to_do(params):
     assert generate(params, []) == []
+
+
+@pytest.mark.parametrize(
+    ("rest", "sizes"),
+    [
+        (1, [8]),
+        (9, [8, 8]),
+        (16, [8, 8]),
+        (17, [32]),
+        (40, [32, 8]),
+        (149, [128, 32]),
+        (257, [512]),
+        (1200, [512, 512, 128, 32, 8, 8]),
+    ],
+)
+def test_prompts_are_fed_in_chunks_that_are_never_half_empty(rest: int, sizes: list[int]) -> None:
+    found = []
+    while rest > 0:
+        found.append(speech_stream.chunk_size((8, 32, 128, 512), rest))
+        rest -= found[-1]
+    assert found == sizes

@@ -24,10 +24,11 @@ from cv2jax.synthesis.request import Request, make_pieces, make_prompt_text
 from cv2jax.synthesis.result import STAGES, Result
 from cv2jax.synthesis.sampling import SamplingOptions
 from cv2jax.synthesis.session import Piece, Prepared, Session, StartMel, make_speech_request
-from cv2jax.synthesis.speech_stream import SpeechStreams
+from cv2jax.synthesis.speech_stream import MIN_RATIO, SpeechStreams
 from cv2jax.synthesis.stages import TOKENS_PER_SECOND, Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice, require_voice
 from cv2jax.synthesis.wave_stream import WaveStreams
+from cv2jax.text.layout import row_length
 from cv2jax.text.tokenizer import TextTokenizer
 
 _NONE = np.zeros(0, np.int32)
@@ -142,10 +143,13 @@ class Engine:
         return functools.partial(self.mels.start, self.enroll(request.voice, with_recording=with_recording))
 
     def warm_up(self, voice: Voice, seconds: float = 10.0) -> None:
-        """Compiles what requests of this voice, up to so many seconds long, need of flow and vocoder."""
-        solved = self.enroll(voice)
-        self.mels.warm_up(solved, round(TOKENS_PER_SECOND * seconds))
+        """Compiles what requests of this voice, up to so many seconds long, need of all stages."""
+        solved, num_tokens = self.enroll(voice), round(TOKENS_PER_SECOND * seconds)
+        self.mels.warm_up(solved, num_tokens)
         self.waves.warm_up()
+        if self._speech is not None:
+            num_text = len(self.tokenizer.encode(voice.text)) + num_tokens // MIN_RATIO
+            self._speech.warm_up(int(row_length(num_text, len(voice.speech_tokens) + num_tokens)))
 
     def advance(self) -> bool:
         """Does one piece of work; False where there is none: all sessions wait for text, or have ended."""

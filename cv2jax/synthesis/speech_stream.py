@@ -210,15 +210,31 @@ class SpeechStreams:
         self._state, drawn = self._stage.decode(self._state, self._controls(working, limit))
         return _collect(working, Drawn(*jax.device_get(tuple(drawn))))
 
+    def warm_up(self, num_positions: int) -> None:
+        """Gives the caches room for requests of so many positions at once, and compiles all that these need.
+
+        No slot notices. A later request that needs more room still waits for its programs.
+        """
+        self._grow(min(num_positions, self._stage.max_positions))
+        none = np.zeros(len(self._slots), np.int32)
+        for size in self._stage.prefill_sizes:
+            if size <= self._length:
+                tokens = np.zeros((len(self._slots), size), np.int32)
+                self._state = self._stage.prefill(self._state, tokens, tokens, none)
+        self._state = self._stage.reset(self._state, none.astype(bool))
+        self._state, drawn = self._stage.decode(self._state, self._controls({}, 0))
+        jax.block_until_ready(tuple(drawn))
+
     def _reserve(self, working: dict[int, _Slot], limit: int) -> None:
         """Caches with room for what this dispatch feeds and draws."""
-        lengths = self._stage.cache_lengths
         needed = max(
             slot.num_cached + len(slot.step.tokens) + min(slot.step.num_draws, limit) for slot in working.values()
         )
-        needed = min(needed, self._stage.max_positions)  # where max_length ends a request at the latest
+        self._grow(min(needed, self._stage.max_positions))  # where max_length ends a request at the latest
+
+    def _grow(self, needed: int) -> None:
         if needed > self._length:
-            self._length = next(length for length in lengths if length >= needed)
+            self._length = next(length for length in self._stage.cache_lengths if length >= needed)
             self._state = self._stage.grow(self._state, self._length)
 
     def _feed(self, working: dict[int, _Slot]) -> None:

@@ -155,6 +155,17 @@ def test_a_new_length_compiles_nothing(engine):
     assert len(compiled) == 1  # it would have been seen
 
 
+def test_the_first_request_behind_a_warm_up_compiles_no_stage(caplog):
+    engine = make_engine()
+    engine.warm_up(voice(), 3.0)
+    with jax.log_compiles():
+        engine.speak(ask(min_length=60, max_length=60))
+        engine.speak(ask())
+        jax.jit(lambda x: x * 7.125)(np.zeros(3))
+    found = {program for program in ("prefill", "decode", "reset", "grow", "step") if f"jit({program})" in caplog.text}
+    assert (found, "Compiling" in caplog.text) == (set(), True)  # it would have been seen
+
+
 def test_what_is_not_finite_in_a_slot_is_gone_with_its_request():
     good = make_engine()
     request = ask(text="one two", mode="cross_lingual")

@@ -1,5 +1,6 @@
 """Voices and requests as the caller has them: streams equal whole requests, and what cannot be done is one clear line."""
 
+import dataclasses
 import functools
 import re
 

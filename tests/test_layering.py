@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cv2jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = {
-    "config": 0,
+    **dict.fromkeys(("config", "shapes"), 0),
     **dict.fromkeys(("audio", "files", "parallel"), 1),
     **dict.fromkeys(("nn", "text"), 2),
     **dict.fromkeys(("data", "models", "synthesis"), 3),

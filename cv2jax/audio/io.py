@@ -9,11 +9,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import soundfile
-from jaxtyping import Float, Float32, Int16
 
 from cv2jax.audio.resample import resample
 from cv2jax.audio.tar import read_tar_member, split_tar_source
 from cv2jax.config import UserError
+from cv2jax.shapes import Float, Float32, Int16
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from cv2jax.audio.arrays import array_namespace, matmul
 from cv2jax.audio.stft import (
@@ -17,6 +16,7 @@ from cv2jax.audio.stft import (
     row_mask,
     trim_rows,
 )
+from cv2jax.shapes import Float, Int
 
 WHISPER_RATE_HZ = 16000
 WHISPER_FFT = 400

@@ -3,10 +3,10 @@
 import functools
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from cv2jax.audio.arrays import array_namespace
 from cv2jax.audio.stft import ArrayOrNumpy, frame, hann_window, row_mask, trim_rows
+from cv2jax.shapes import Bool, Float, Int
 
 MIN_HZ = 60.0
 MAX_HZ = 500.0

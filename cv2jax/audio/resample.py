@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from cv2jax.audio.arrays import array_namespace, as_float, matmul
 from cv2jax.config import UserError
+from cv2jax.shapes import Float
 
 _ZEROS = 6  # lowpass_filter_width: zero crossings of the sinc on either side
 _ROLLOFF = 0.99  # cutoff as a share of the lower Nyquist frequency

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from cv2jax.audio.arrays import array_namespace, as_float, matmul
+from cv2jax.shapes import Bool, Float, Int
 
 ArrayOrNumpy = jax.Array | np.ndarray
 DftKind = Literal["auto", "fft", "matmul"]

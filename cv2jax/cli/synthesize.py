@@ -56,7 +56,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_string("normalizer", None, text, flag_values=flags)
     define.DEFINE_float("temperature", 1.0, "0 takes the likeliest token always.", flag_values=flags)
     define.DEFINE_float("top_p", 0.8, "Nucleus; 1 sets no bound.", flag_values=flags)
-    define.DEFINE_integer("top_k", 25, "Candidates; 0 sets no bound.", flag_values=flags)
+    define.DEFINE_integer("top_k", 25, "Candidates; 0 sets no bound, a bundle has 1 to 100.", flag_values=flags)
     define.DEFINE_integer("min_length", None, "Speech tokens of a piece at least (25 a second).", flag_values=flags)
     define.DEFINE_integer("max_length", None, "Speech tokens of a piece at most.", flag_values=flags)
     define.DEFINE_integer("chunk", None, "Tokens of a chunk; by default as trained.", flag_values=flags)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from cv2jax.config import UserError
 from cv2jax.files import whole_file
+from cv2jax.shapes import Float32
 
 VERSION = 1
 SUFFIX = ".npz"

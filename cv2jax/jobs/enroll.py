@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Float32
 
 from cv2jax.audio.io import AudioClip, read_audio
 from cv2jax.audio.mel import FLOW_MEL
@@ -17,6 +16,7 @@ from cv2jax.audio.tar import read_tar_member, split_tar_source
 from cv2jax.config import UserError
 from cv2jax.data.embeddings import SUFFIX as EMBEDDINGS
 from cv2jax.data.embeddings import EmbeddingFile
+from cv2jax.shapes import Float, Float32
 from cv2jax.synthesis.bundle_files import is_bundle
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
 from cv2jax.synthesis.encoders import Encoders, load_bundle_encoders

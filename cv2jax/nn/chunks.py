@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+
+from cv2jax.shapes import Bool, Int
 
 NO_CHUNK = NO_LEFT = 1 << 30  # of a chunk that holds everything, of a left context without an end
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from cv2jax.audio.mel import MelDefinition
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
+from cv2jax.shapes import Float32, Int32
 from cv2jax.synthesis.bundle_files import TOKENIZER, VOICES, check_files, read_manifest
 from cv2jax.synthesis.bundle_programs import Programs
 from cv2jax.synthesis.plan import HopPlan

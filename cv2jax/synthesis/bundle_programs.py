@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import Array, export
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Bool
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Bool
 from cv2jax.synthesis.bundle_files import EXPORT_AGAIN, PARAMETERS, PROGRAMS, read_arrays
 from cv2jax.synthesis.stages import NON_FINITE
 
@@ -151,6 +151,7 @@ class Programs:
         file = self._path / PROGRAMS / about["file"]
         try:
             exported = export.deserialize(bytearray(file.read_bytes()))
+            exported.mlir_module()  # the line before reads the wrapping alone: StableHLO would refuse its part in the call
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); copy the bundle again") from None
         except Exception as error:  # flatbuffers, MLIR and jax each have their own

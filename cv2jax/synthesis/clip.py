@@ -10,11 +10,11 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32
 
 from cv2jax.audio.io import AudioClip, check_audio, convert_rate
 from cv2jax.audio.pitch import pitch_track
 from cv2jax.config import UserError
+from cv2jax.shapes import Float, Float32
 
 MIN_SECONDS, SHORT_SECONDS, LONG_SECONDS, MAX_SECONDS = 0.3, 2.0, 20.0, 30.0
 _RATE_HZ = 16000  # at which a clip is measured

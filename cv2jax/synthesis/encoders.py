@@ -5,11 +5,11 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from cv2jax.audio.io import AudioClip, convert_rate
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_CHUNK
+from cv2jax.shapes import Float32, Int32
 from cv2jax.synthesis.bundle import load_bundle
 from cv2jax.synthesis.bundle_files import EXPORT_AGAIN
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from cv2jax.config import UserError
-from cv2jax.nn.chunks import ChunkMask
-from cv2jax.synthesis.mel_stream import MelStreams, SolvedVoice
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
+from cv2jax.shapes import Float32, Int32
+from cv2jax.synthesis.mel_stream import NEVER_STREAMS, MelStreams, SolvedVoice
 from cv2jax.synthesis.mel_whole import WholeMels
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import Prompt, check_tokens
@@ -57,12 +57,15 @@ class Engine:
             model serves at once; further ones wait. max_voices: whose solved recordings are kept, the last used.
           normalizer: as in `normalize_text`, "": texts stay as they are. hop_sizes: as in `MelStreams`.
 
-        Raises UserError for stages that do not belong together, and for a plan, mask or options that cannot be.
+        Raises UserError for stages that do not belong together, and for a plan, mask or options that cannot be. A mask without
+        chunks serves offline requests alone.
         """
         plan.validate()
         _require_fitting(stages, tokenizer)
         self.stages, self.tokenizer, self._plan, self._normalizer = stages, tokenizer, plan, normalizer
-        self.mels = MelStreams(stages.mel, mask, hop_sizes=hop_sizes, max_kept=num_slots)
+        self._mels = None
+        if mask.chunk < NO_CHUNK:
+            self._mels = MelStreams(stages.mel, mask, hop_sizes=hop_sizes, max_kept=num_slots)
         self.waves = WaveStreams(stages.wave)
         self._speech: SpeechStreams | None = None
         if stages.speech is not None:
@@ -75,6 +78,13 @@ class Engine:
         self._voices: OrderedDict[str, SolvedVoice] = OrderedDict()  # by digest
         self._bare: OrderedDict[str, SolvedVoice] = OrderedDict()  # without the recording, for mode speaker
         self._max_voices = max_voices
+
+    @property
+    def mels(self) -> MelStreams:
+        """The flow of requests that are streamed; UserError where its mask has no chunks."""
+        if self._mels is None:
+            raise UserError(NEVER_STREAMS)
+        return self._mels
 
     @functools.cached_property
     def wholes(self) -> WholeMels:

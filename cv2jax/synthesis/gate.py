@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Shaped
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
+from cv2jax.shapes import Float32, Shaped
 from cv2jax.synthesis.bundle import MEL, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE, Bundle
 from cv2jax.synthesis.bundle_files import GOLDEN, PARAMETERS, read_arrays, write_bytes
 from cv2jax.synthesis.mel_stream import MelStreams

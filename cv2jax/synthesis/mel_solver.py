@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_LEFT, ChunkMask
+from cv2jax.shapes import Float
 from cv2jax.synthesis.prompt import MelRequest, NonFinite, key_data, require_finite, require_frames, warn_untrained
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, Arrays, MelBatch, MelStage
 

@@ -12,10 +12,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key
+from jax import Array
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_CHUNK, NO_LEFT, ChunkMask
+from cv2jax.shapes import Float, Integer, Key
 from cv2jax.synthesis.prompt import (
     Prompt,
     check_tokens,
@@ -27,6 +28,11 @@ from cv2jax.synthesis.prompt import (
 )
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD, MelHop, MelStage, State
 
+# Of a mask without chunks, which sees the end before the start.
+NEVER_STREAMS = (
+    "the flow was trained without chunks, and so it does not stream; hear it whole (--offline), stream it in chunks that it"
+    " has not learnt (--chunk 25), or train one with chunks in model.mask_chunks"
+)
 _HOP_TOKENS = 25  # the least that a step is compiled for: 1 s
 _ROOM = 200  # tokens that caches without a bound have room for at first: 8 s; then twice as many, and so on
 _MAX_EXCESS = 4  # times the room that a voice needs, of caches that its requests take
@@ -59,18 +65,17 @@ class MelStreams:
 
         Args:
           mask: in tokens; its prompt is taken from the voice. hop_sizes: tokens that a step is compiled for, multiples of
-            the chunk; any hop is cut into such steps. Default: those of the stage, else about 1, 2 and 4 s.
+            the chunk; any hop is cut into such steps. Default: what fits of the stage's, else about 1, 2 and 4 s.
           max_kept: requests that have ended whose caches are kept for later ones, the newest; as many as run side by side.
 
-        Raises UserError for a mask that cannot stream and for hop sizes that are no multiples of its chunk.
+        Raises UserError for a mask that cannot stream, for hop sizes that are no multiples of its chunk, and for a chunk that
+        no hop size of the stage is a multiple of.
         """
         if mask.chunk >= NO_CHUNK:
-            raise UserError(
-                "a mask without chunks sees the end before the start: stream under another, or use MelSolver"
-            )
+            raise UserError(NEVER_STREAMS)
         base = -(-_HOP_TOKENS // mask.chunk) * mask.chunk
         self.stage, self.mask = stage, mask
-        self.hop_sizes = tuple(sorted(hop_sizes)) or stage.hop_sizes or (base, 2 * base, 4 * base)
+        self.hop_sizes = tuple(sorted(hop_sizes)) or _fitting_sizes(stage, mask) or (base, 2 * base, 4 * base)
         if any(size < 1 or size % mask.chunk for size in self.hop_sizes):
             raise UserError(f"hop sizes {self.hop_sizes}: must be multiples of the chunk, {mask.chunk} tokens")
         warn_untrained(stage, mask)
@@ -277,6 +282,21 @@ class MelStream:
                 f"{self._name}: a hop of {len(tokens)} tokens ends inside a chunk, counted from the start of the prompt;"
                 f" give {self.num_to_border()}, or a multiple of {chunk} more, or all that are left as the last hop"
             )
+
+
+def _fitting_sizes(stage: MelStage, mask: ChunkMask) -> tuple[int, ...]:
+    """Of the steps that the stage has programs for those of whole chunks; UserError where it has some, and none fits."""
+    fitting = tuple(size for size in stage.hop_sizes if size % mask.chunk == 0)
+    if stage.hop_sizes and not fitting:
+        can = sorted(
+            {known.chunk for known in stage.trained if any(size % known.chunk == 0 for size in stage.hop_sizes)}
+        )
+        mend = f"--chunk {' or '.join(map(str, can))}, as trained" if can else "a chunk that divides one of these"
+        raise UserError(
+            f"--chunk {mask.chunk}: the flow has programs for steps of {', '.join(map(str, stage.hop_sizes))} tokens, none of"
+            f" whole chunks; give {mend}, or speak from the model directory"
+        )
+    return fitting
 
 
 def _fixed_room(rooms: tuple[int, ...], need: int) -> int:

@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key
+from jax import Array
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
+from cv2jax.shapes import Float, Integer, Key
 from cv2jax.synthesis.mel_solver import MelSolver
 from cv2jax.synthesis.prompt import MelRequest, Prompt
 from cv2jax.synthesis.stages import MelStage

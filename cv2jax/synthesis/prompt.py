@@ -5,10 +5,11 @@ import logging
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key, Shaped
+from jax import Array
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
+from cv2jax.shapes import Float, Integer, Key, Shaped
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, MelStage
 
 FRAMES_PER_SECOND = 50

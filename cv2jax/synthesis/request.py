@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Float, Integer
 from cv2jax.synthesis.speed import check_speed
 from cv2jax.synthesis.voice import Voice
 from cv2jax.text.normalize import normalize_text

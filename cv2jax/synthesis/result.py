@@ -3,7 +3,8 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float32
+
+from cv2jax.shapes import Float32
 
 # Seconds of a result are told of these. voice: the recording is solved, where no earlier request did; tokenizer: of a source.
 STAGES = ("voice", "tokenizer", "text", "lm", "flow", "vocoder")

@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax import Array
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Bool, Float, Int, Key
 
 NO_TOKEN = -1  # behind the last candidate, and in `recent` before the first token
 
@@ -60,7 +61,7 @@ class RequestSampler:
 
     win_size: int = 10  # R, as in SamplingOptions
     tau_r: float = 0.1
-    num_candidates: int = 25  # the most that top_k may ask for, and what 0 then means
+    num_candidates: int = 25  # the most that top_k may ask for; 0 is no bound only where they are the whole vocabulary
 
     def options(self, options: SamplingOptions) -> dict[str, float | int]:
         """A request's row: temperature, top_p, top_k; UserError for invalid options or what this sampler cannot do."""
@@ -73,7 +74,7 @@ class RequestSampler:
                 )
         if options.top_k > self.num_candidates:
             raise UserError(
-                f"sampling.top_k={options.top_k}: the decoder was built for 0 to {self.num_candidates} candidates; ask"
+                f"sampling.top_k={options.top_k}: the decoder was built for up to {self.num_candidates} candidates; ask"
                 " for fewer or build it with more"
             )
         return {"temperature": float(options.temperature), "top_p": float(options.top_p), "top_k": options.top_k}

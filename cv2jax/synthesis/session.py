@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32, Key
+from jax import Array
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import NO_CHUNK
+from cv2jax.shapes import Float32, Int32, Key
 from cv2jax.synthesis.arriving import ArrivingPieces
 from cv2jax.synthesis.mel_stream import MelStream, MelStreams
 from cv2jax.synthesis.mel_whole import WholeMel, WholeMels

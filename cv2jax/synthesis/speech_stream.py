@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, Integer, Key
+from jax import Array
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Int32, Integer, Key
 from cv2jax.synthesis import interleave
-from cv2jax.synthesis.sampling import RequestSampler
 from cv2jax.synthesis.stages import RUNNING, STATUS_NAMES, Controls, Drawn, SpeechStage
 from cv2jax.text.layout import Ratio, check_token_ids, row_length
 
@@ -125,7 +125,7 @@ class SpeechStreams:
         """
         size = _num_slots(stage, num_slots)
         self._stage, self._arriving, self._length = stage, arriving, stage.cache_lengths[0]
-        self._defaults = stage.sampler.row(options)
+        self._defaults = _row(stage, options)
         self._state = stage.init_state(size, self._length)
         self._slots: list[_Slot | None] = [None] * size
         self._fresh = np.zeros(size, bool)  # to be emptied
@@ -162,7 +162,7 @@ class SpeechStreams:
         opened = _Slot(self._stage, request, self._arriving if arriving is None else arriving)
         if flushed:
             opened.flush()
-        options = _options(self._stage.sampler, self._defaults, request)
+        options = _options(self._stage, self._defaults, request)
         self._slots[slot], self._fresh[slot], self._keys[slot] = opened, True, jax.random.key_data(key)
         for name, value in options.items():
             self._options[name][slot] = value
@@ -170,7 +170,7 @@ class SpeechStreams:
     def check(self, request: SpeechRequest) -> None:
         """Raises what `open` and `flush` would raise for a request with all of its text."""
         _Slot(self._stage, request, False).flush()
-        _options(self._stage.sampler, self._defaults, request)
+        _options(self._stage, self._defaults, request)
 
     def push_text(self, slot: int, tokens: Integer[np.ndarray, " T"]) -> None:
         """Appends text to an open request.
@@ -297,11 +297,19 @@ def _num_slots(stage: SpeechStage, wanted: int) -> int:
     return found
 
 
-def _options(
-    sampler: RequestSampler, defaults: Mapping[str, float | int], request: SpeechRequest
-) -> dict[str, float | int]:
+def _row(stage: SpeechStage, options: Mapping[str, Any]) -> dict[str, float | int]:
+    """What the sampler takes; UserError where it refuses it, and for no bound where it draws among less than all tokens."""
+    row, most = stage.sampler.row(options), stage.sampler.num_candidates
+    if not row["top_k"] and most < stage.num_speech_tokens:
+        raise UserError(
+            f"sampling.top_k=0: sets no bound, and this model's programs draw among {most} candidates; give 1 to {most}"
+        )
+    return row
+
+
+def _options(stage: SpeechStage, defaults: Mapping[str, float | int], request: SpeechRequest) -> dict[str, float | int]:
     try:
-        return sampler.row({**defaults, **request.options})
+        return _row(stage, {**defaults, **request.options})
     except UserError as error:
         raise UserError(f"{request.name}: {error}") from None
 
@@ -339,7 +347,7 @@ def generate(
     defaults = stage.sampler.row(options)
     for request in requests:
         _Slot(stage, request, stream).flush()
-        _options(stage.sampler, defaults, request)
+        _options(stage, defaults, request)
     num_slots = min(max_slots, 1 << max(len(requests) - 1, 0).bit_length())  # few batch sizes to compile
     streams = SpeechStreams(stage, options=options, num_slots=num_slots, arriving=stream)
     pieces: list[list[SpeechResult]] = [[] for _ in requests]

@@ -9,9 +9,9 @@ two frames late.
 import math
 
 import numpy as np
-from jaxtyping import Float, Float32
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Float, Float32
 
 SLOWEST, FASTEST = 0.5, 2.0
 

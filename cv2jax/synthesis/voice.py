@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from jaxtyping import Float, Integer
 from safetensors.numpy import load, save
 
 from cv2jax.audio.mel import FLOW_MEL, MelDefinition
 from cv2jax.config import UserError, differences
 from cv2jax.files import whole_file
+from cv2jax.shapes import Float, Integer
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN
 
 FORMAT, VERSION = "cv2jax-voice", 1

@@ -8,9 +8,10 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Key
+from jax import Array
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Float, Float32, Key
 from cv2jax.synthesis.prompt import NonFinite, key_data
 from cv2jax.synthesis.stages import State, WaveStage
 

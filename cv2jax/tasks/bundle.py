@@ -6,7 +6,6 @@ import datetime
 import os
 import pathlib
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import cv2jax
 from cv2jax.audio.fbank import FBANK_RATE_HZ
 from cv2jax.audio.mel import FLOW_MEL, MEL_RATE_HZ, WHISPER_RATE_HZ, mel_spectrogram
 from cv2jax.config import UserError, to_dict
+from cv2jax.convert.staging import staged_directory
 from cv2jax.models.hift_vocoder.model import hold_back
 from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
 from cv2jax.models.speaker_encoder.model import MIN_SAMPLES
@@ -76,7 +76,7 @@ def write_bundle(
     if os.path.lexists(out):
         raise UserError(f"--out {out}: exists already; give a new place")
     start = time.perf_counter()
-    with _temporary(out) as place:
+    with staged_directory(out) as place:
         for name in (files.PARAMETERS, files.PROGRAMS, files.VOICES, files.GOLDEN):
             (place / name).mkdir()
         parts.text_tokenizer.save(place / files.TOKENIZER)
@@ -126,22 +126,6 @@ def _require_platforms(platforms: Sequence[str]) -> None:
             f"--platforms {','.join(platforms)}: add {here}, this machine's: the programs are tried here before they are"
             " written"
         )
-
-
-@contextlib.contextmanager
-def _temporary(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `out` that becomes it at the end, or is gone."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        place = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        place.chmod(0o755)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another place") from None
-    try:
-        yield place
-        os.rename(place, out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _copy_voices(parts: Parts, more: Sequence[str | os.PathLike[str]], place: pathlib.Path) -> None:

@@ -26,7 +26,7 @@ from cv2jax.models.speaker_encoder.model import embed
 from cv2jax.models.speech_tokenizer.model import encode, init_model_state
 from cv2jax.models.text_speech_lm import decode
 from cv2jax.nn.attention import BLOCK
-from cv2jax.nn.chunks import ChunkMask
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
 from cv2jax.synthesis.bundle import MEL, NOISE, PROMPT_MEL, SPEAKER, SPEECH, TOKENS, WAVE
 from cv2jax.synthesis.bundle_programs import Leaf, Table
 from cv2jax.synthesis.sampling import RequestSampler
@@ -64,8 +64,13 @@ class Sizes:
 def make_sizes(mask: ChunkMask, *, slots: int = 4, seconds: float = 60.0, flush_frames: int = 20) -> Sizes:
     """The sizes for `slots` requests at once of up to so many seconds a piece, the voice's recording included.
 
-    Raises UserError for numbers that no bundle can have.
+    Raises UserError for numbers that no bundle can have, and for a mask without chunks.
     """
+    if mask.chunk >= NO_CHUNK:
+        raise UserError(
+            "the flow was trained without chunks, and a bundle only streams; train one with chunks in model.mask_chunks, or"
+            " speak from the model directory: cv2jax synthesize --offline"
+        )
     if slots < 1:
         raise UserError(f"--slots {slots}: give 1 or more")
     if not 1 <= seconds <= 600:

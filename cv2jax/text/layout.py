@@ -5,9 +5,9 @@ P = T + L + 2 is the length of a row of T text and L speech tokens.
 """
 
 import numpy as np
-from jaxtyping import Int, Integer
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Int, Integer
 
 Ratio = tuple[int, int]  # (N text tokens, M speech tokens) of one bistream group
 

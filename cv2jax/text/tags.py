@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Integer
 
 from cv2jax.config import UserError
+from cv2jax.shapes import Integer
 
 END_OF_TEXT = "<|endoftext|>"  # both end and padding of the text tokenizer
 END_OF_PROMPT = "<|endofprompt|>"

@@ -1,9 +1,6 @@
 """`cv2jax export --to bundle` and `cv2jax selftest`: what they refuse, what they print, and a bundle made and used by them."""
 
 import dataclasses
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.jobs import export_bundle as job
 from cv2jax.jobs import selftest as selftest_job
-from cv2jax.nn.chunks import ChunkMask
+from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
 from cv2jax.synthesis import bundle_files as files
 from cv2jax.synthesis.bundle import MEL, SPEAKER, SPEECH, TOKENS, WAVE
 from cv2jax.synthesis.gate import Check
@@ -24,6 +21,7 @@ from cv2jax.tasks.bundle_programs import make_sizes
 from cv2jax.tasks.encoders import load_tokenizer
 from tests import small_bundle
 from tests import small_model_directory as small
+from tests.only_packages import run_command
 from tests.small_model import make_small_model
 from tests.small_model_directory import make_model_directory
 from tests.small_token_corpus import NUM_CODES
@@ -100,28 +98,22 @@ def test_a_bundle_that_is_written_again_keeps_its_sizes_where_none_are_asked(mon
     assert find(None) == make_sizes(ChunkMask(chunk=25), slots=4, seconds=60.0)
 
 
+def test_a_model_that_never_streams_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
+    parts = dataclasses.replace(small_bundle.make_parts(), mask=ChunkMask(chunk=NO_CHUNK))
+    monkeypatch.setattr(job, "parts_of_model", lambda model: parts)
+    assert run_cli(["export", "model", "--to=bundle", f"--out={tmp_path}/new"]) == 2
+    printed = capsys.readouterr().err
+    assert "trained without chunks, and a bundle only streams; train one with chunks in model.mask_chunks" in printed
+    assert "cv2jax synthesize --offline" in printed
+    assert (printed.count("\n"), list(tmp_path.iterdir())) == (1, [])
+
+
 def test_an_engine_is_made_of_a_bundle_or_of_a_model_directory(tmp_path):
     with pytest.raises(UserError, match="has no text_speech_lm; train it there"):
         engine.load_engine(tmp_path)
     (tmp_path / files.MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"bundle\.json: is damaged"):
         engine.load_engine(tmp_path)
-
-
-_WITHOUT_FLAX = """
-import sys
-for name in "flax optax orbax grain transformers librosa tensorboardX torch".split():
-    sys.modules[name] = None
-from cv2jax.cli.main import run
-sys.exit(run(sys.argv[1:]))
-"""
-
-
-def run_alone(*words):
-    """The command line in a process that has only what a bundle needs."""
-    command = [sys.executable, "-c", _WITHOUT_FLAX, *map(str, words)]
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +140,12 @@ def pcm(path):
 
 @pytest.mark.full
 def test_a_bundle_serves_without_flax_what_its_model_says(model, bundle, tmp_path):
-    done = run_alone("selftest", bundle)
+    done = run_command("selftest", bundle)
     assert (done.returncode, done.stderr) == (0, "")
     assert "passes in" in done.stdout
     said = ["synthesize", "one two three", "--voice=ann", "--max_length=40"]
     for name, words in (("streamed", ["--stream"]), ("whole", [])):
-        done = run_alone(*said, f"--model={bundle}", f"--out={tmp_path / name}.wav", *words)
+        done = run_command(*said, f"--model={bundle}", f"--out={tmp_path / name}.wav", *words)
         assert done.returncode in (0, 3), done.stderr
     assert run_cli([*said, f"--model={model}", f"--out={tmp_path}/model.wav"]) in (0, 3)
     wanted = pcm(tmp_path / "model.wav")
@@ -168,7 +160,7 @@ def test_a_bundle_serves_without_flax_what_its_model_says(model, bundle, tmp_pat
 def test_a_bundle_enrolls_as_its_model_does(model, bundle, tmp_path):
     words = ["enroll", str(model.with_name("clip.wav")), "--text=one two"]
     out = tmp_path / "eve.safetensors"
-    done = run_alone(*words, f"--model={bundle}", f"--out={out}")
+    done = run_command(*words, f"--model={bundle}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert run_cli([*words, f"--model={model}", f"--out={tmp_path}/wanted.safetensors"]) == 0
     found, wanted = load_voice(out), load_voice(tmp_path / "wanted.safetensors")
@@ -188,7 +180,7 @@ def test_a_bundle_is_written_again_from_itself_alone(bundle, tmp_path, capsys):
     assert "again: not written: text_speech_lm drifts from the float32 model (logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert run_cli(words) == 0
-    assert run_alone("selftest", again).returncode == 0
+    assert run_command("selftest", again).returncode == 0
     assert files.read_manifest(again)["platforms"] == ["cpu"]
     for stage in (SPEECH, MEL, WAVE, TOKENS, SPEAKER):
         name = f"{files.PARAMETERS}/{stage}.safetensors"

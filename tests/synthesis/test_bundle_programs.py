@@ -1,5 +1,7 @@
 """The runtime on a program that adds: y = parameter · x + what its state has counted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,22 @@ def test_programs_of_another_age_are_refused_with_the_jax_that_wrote_them(place,
         require_calling_convention(place, manifest)
     with pytest.raises(UserError, match=f"too {age}"):
         Programs(place, manifest)
+
+
+def aged(serialised):
+    """The program in a StableHLO that nobody reads any more; what it is wrapped in is whole."""
+    old = b"ML\xefRStableHLO_v0.0.1\0" + bytes(50)
+    return bytes(dataclasses.replace(export.deserialize(bytearray(serialised)), mlir_module_serialized=old).serialize())
+
+
+def test_a_program_whose_stablehlo_has_aged_is_refused(place, serialised):
+    data = aged(serialised)
+    export.deserialize(bytearray(data))  # does not look
+    (place / files.PROGRAMS / "adder.add.stablehlo").write_bytes(data)
+    programs = Programs(place, make_manifest(place))
+    with pytest.raises(UserError, match=r"cannot read it \(.*\); jax 0\.10\.2 wrote it: .*--from_bundle") as error:
+        programs(STAGE, "add", programs.init_state(STAGE, "s4"), {"x": np.zeros(2, np.float32)})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense" * 100])

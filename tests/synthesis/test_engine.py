@@ -14,6 +14,7 @@ from cv2jax.synthesis.mel_stream import MelStreams
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import MelRequest, Prompt
 from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.sampling import RequestSampler, SamplingOptions
 from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechStreams
 from cv2jax.synthesis.stages import FRAMES_PER_TOKEN, LOOKAHEAD
 from cv2jax.synthesis.wave_stream import synthesise
@@ -109,6 +110,26 @@ def test_an_offline_request_hears_each_piece_whole_behind_its_last_token(engine)
     assert streamed.pieces[0].tokens == tokens.tolist()
     assert np.abs(samples - got).max() > 1e-3
     np.testing.assert_allclose(again, got, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_chunks_speaks_offline_alone(engine):
+    request, without = ask(offline=True, seed=5), make_engine(mask=ChunkMask(chunk=NO_CHUNK))
+    np.testing.assert_array_equal(hear(without.open(request)), hear(engine.open(request)))
+    with pytest.raises(UserError, match=r"trained without chunks, .*--offline") as error:
+        without.open(ask())
+    assert "\n" not in str(error.value)
+    assert without.num_open == 0
+
+
+def test_no_bound_on_candidates_is_refused_where_there_is_one():
+    bounded = dataclasses.replace(stages().speech, sampler=RequestSampler(num_candidates=30))
+    of = dataclasses.replace(stages(), speech=bounded)
+    with pytest.raises(UserError, match=r"sampling\.top_k=0: .* draw among 30 candidates; give 1 to 30"):
+        make_engine(stages=of, sampling=SamplingOptions(top_k=0))
+    with pytest.raises(UserError, match=r"sampling\.top_k=0: sets no bound"):
+        make_engine(stages=of).open(ask(sampling={"top_k": 0}))
+    every = dataclasses.replace(bounded, sampler=RequestSampler(num_candidates=bounded.num_speech_tokens))
+    make_engine(stages=dataclasses.replace(of, speech=every), sampling=SamplingOptions(top_k=0)).open(ask()).cancel()
 
 
 def test_offline_text_may_arrive_and_what_only_streams_refuses_it(engine):

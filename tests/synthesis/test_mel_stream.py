@@ -1,5 +1,6 @@
 """Voices and requests as the caller has them: streams equal whole requests, and what cannot be done is one clear line."""
 
+import dataclasses
 import functools
 import re
 
@@ -320,11 +321,29 @@ def test_masks_that_were_not_trained_are_named_with_those_that_were(caplog):
 
 
 def test_masks_and_sizes_that_cannot_stream():
-    with pytest.raises(UserError, match="a mask without chunks"):
+    with pytest.raises(UserError, match=r"trained without chunks, .* \(--offline\), .*--chunk 25"):
         MelStreams(STAGE, ChunkMask(chunk=NO_CHUNK))
     for sizes in ((5, 12), (0,)):
         with pytest.raises(UserError, match="must be multiples of the chunk, 5 tokens"):
             MelStreams(STAGE, FULL, hop_sizes=sizes)
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(50, (50, 100)), (25, (25, 50, 100)), (1, (25, 50, 100)), (100, (100,))])
+def test_of_the_programs_of_a_bundle_those_of_whole_chunks_are_taken(chunk, sizes):
+    stage = dataclasses.replace(STAGE, hop_sizes=(25, 50, 100), trained=(ChunkMask(chunk=25), ChunkMask(chunk=50)))
+    assert MelStreams(stage, ChunkMask(chunk=chunk)).hop_sizes == sizes
+    assert MelStreams(stage, ChunkMask(chunk=30), hop_sizes=(30,)).hop_sizes == (30,)  # as asked
+
+
+def test_a_chunk_without_programs_is_refused_with_those_that_have_some():
+    trained = (ChunkMask(chunk=NO_CHUNK), ChunkMask(chunk=25), ChunkMask(chunk=50), ChunkMask(chunk=30))
+    stage = dataclasses.replace(STAGE, hop_sizes=(25, 50, 100), trained=trained)
+    with pytest.raises(
+        UserError, match=r"--chunk 30: .* 25, 50, 100 tokens, none of whole chunks; give --chunk 25 or 50"
+    ):
+        MelStreams(stage, ChunkMask(chunk=30))
+    with pytest.raises(UserError, match="give a chunk that divides one of these"):
+        MelStreams(dataclasses.replace(stage, trained=trained[-1:]), ChunkMask(chunk=30))
 
 
 def test_a_stage_counts_as_the_model_does():

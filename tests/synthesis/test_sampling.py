@@ -266,7 +266,7 @@ def test_a_request_sampler_draws_with_the_options_of_each_request(shared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 26}, r"^sampling\.top_k=26: the decoder was built for 0 to 25 candidates"),
+        ({"top_k": 26}, r"^sampling\.top_k=26: the decoder was built for up to 25 candidates"),
         ({"win_size": 4}, r"^sampling\.win_size=4: the decoder was built for 10"),
         ({"tau_r": 0.2}, r"^sampling\.tau_r=0\.2: the decoder was built for 0\.1"),
         ({"top_p": 0.0}, r"^sampling\.top_p=0\.0: must be above 0"),

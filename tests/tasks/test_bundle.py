@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +20,7 @@ from cv2jax.tasks import bundle as writer
 from cv2jax.tasks.bundle_parts import parts_of_bundle, served_config, served_params
 from cv2jax.tasks.bundle_programs import make_sizes
 from tests import small_bundle
+from tests.only_packages import BUNDLE, run_only
 from tests.synthesis import small_engine
 
 pytestmark = pytest.mark.full  # test_bundle_writing.py has the small siblings
@@ -117,10 +115,7 @@ def test_what_no_program_was_made_for_is_refused(bundle):
         engine.enroll(long)
 
 
-_WITHOUT = """
-import sys
-for name in "flax optax orbax grain transformers librosa absl tensorboardX torch soundfile".split():
-    sys.modules[name] = None
+_SPEAKS = """
 import numpy as np
 from cv2jax.synthesis.bundle_engine import EngineOptions, make_bundle_engine
 from cv2jax.synthesis.bundle import load_bundle
@@ -134,11 +129,10 @@ np.save(sys.argv[2], waveform)
 """
 
 
-def test_a_bundle_speaks_where_neither_flax_nor_models_can_be_imported(exported, tmp_path):
+def test_a_bundle_speaks_where_only_what_is_named_can_be_imported(exported, tmp_path):
     place, _ = exported
     out = tmp_path / "waveform.npy"
-    command = [sys.executable, "-c", _WITHOUT, str(place), str(out), small_engine.TEXT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2], check=False)
+    done = run_only(BUNDLE, _SPEAKS, place, out, small_engine.TEXT)
     assert done.returncode == 0, done.stderr
     wanted, _ = speak(small_engine.make_engine())
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)

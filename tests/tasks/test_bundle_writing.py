@@ -181,3 +181,16 @@ def test_voices_of_another_model_or_of_one_name_are_refused(tmp_path, parts):
     with pytest.raises(UserError, match="there is a voice 'eve' already"):
         writer.write_bundle(parts, tmp_path / "new", sizes=small_bundle.SIZES, voices=twice)
     assert [path.name for path in tmp_path.iterdir()] == ["eve.safetensors"]
+
+
+def test_a_file_that_cannot_be_written_is_told_at_the_place_that_was_asked_for(tmp_path, parts, monkeypatch):
+    def fail(parts, voices, place):
+        (place / files.VOICES / "ann.safetensors").write_bytes(b"")
+        files.write_bytes(place / files.VOICES / "ann.safetensors" / "x", b"")  # in a file
+
+    monkeypatch.setattr(writer, "_copy_voices", fail)
+    out = tmp_path / "new"
+    with pytest.raises(UserError) as error:
+        writer.write_bundle(parts, out, sizes=small_bundle.SIZES)
+    assert str(error.value).startswith(f"{out}/{files.VOICES}/ann.safetensors/x: cannot be written (")
+    assert list(tmp_path.iterdir()) == []

@@ -295,7 +295,7 @@ def test_a_refused_flush_leaves_the_request_open(params):
     ("options", "message"),
     [
         ({"top_n": 3}, r"^u: sampling\.top_n: .* known are temperature, top_p, top_k"),
-        ({"top_k": 26}, r"^u: sampling\.top_k=26: .* 0 to 25"),
+        ({"top_k": 26}, r"^u: sampling\.top_k=26: .* up to 25 candidates; ask for fewer"),
         ({"top_p": 0}, r"^u: sampling\.top_p=0\.0: must be above 0"),
     ],
 )

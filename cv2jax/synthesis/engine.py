@@ -18,12 +18,13 @@ from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
 from cv2jax.synthesis.mel_stream import MelStreams, SolvedVoice
 from cv2jax.synthesis.mel_whole import WholeMels
+from cv2jax.synthesis.pieces import Piece
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import Prompt, check_tokens
 from cv2jax.synthesis.request import Request, make_pieces, make_prompt_text
 from cv2jax.synthesis.result import STAGES, Result
 from cv2jax.synthesis.sampling import SamplingOptions
-from cv2jax.synthesis.session import Piece, Prepared, Session, StartMel, make_speech_request
+from cv2jax.synthesis.session import Prepared, Session, StartMel, make_speech_request
 from cv2jax.synthesis.speech_stream import SpeechStreams
 from cv2jax.synthesis.stages import TOKENS_PER_SECOND, Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice, require_voice
@@ -56,9 +57,12 @@ class Engine:
             model serves at once; further ones wait. max_voices: whose solved recordings are kept, the last used.
           normalizer: as in `normalize_text`, "": texts stay as they are. hop_sizes: as in `MelStreams`.
 
-        Raises UserError for stages that do not belong together, and for a plan, mask or options that cannot be.
+        Raises UserError for stages that do not belong together, and for a plan, mask, options or counts that cannot be.
         """
         plan.validate()
+        for name, number in (("num_slots", num_slots), ("max_voices", max_voices)):
+            if number < 1:
+                raise UserError(f"{name}={number}: the engine needs 1 or more; give that many")
         _require_fitting(stages, tokenizer)
         self.stages, self.tokenizer, self._plan, self._normalizer = stages, tokenizer, plan, normalizer
         self.mels = MelStreams(stages.mel, mask, hop_sizes=hop_sizes, max_kept=num_slots)

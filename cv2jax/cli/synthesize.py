@@ -15,9 +15,10 @@ Modes: zero_shot (the voice's recording and its text lead), cross_lingual (no te
 says how), speaker (a fine-tuned speaker's embedding alone), conversion (--source, a recording of up to 30 s, in this voice;
 it is read whole, and heard hop by hop). By default what is given decides.
 
-A request ends "ok"; or "hit_limit" where --max_length cut it, "empty" where for the text or a piece of it nothing was drawn,
-"non_finite" or "failed", of which only the first is written to a file. All but "ok" make the exit code 3. Times of work are
-told of voice (its recording solved), tokenizer (of a source), text, lm, flow and vocoder.
+A request ends "ok"; or "hit_limit" where a piece was cut: by --max_length, by default at 20 speech tokens a text token or
+where the model's context is full; "empty" where for the text or a piece of it nothing was drawn; "non_finite"; or "failed".
+Of these only "hit_limit" is written to a file, too. All but "ok" make the exit code 3. Times of work are told of voice (its
+recording solved), tokenizer (of a source), text, lm, flow and vocoder.
 
   cv2jax synthesize "Bring the red ball." --model models/mine --voice ann --out ball.wav
   cv2jax synthesize "Bring the red ball." --model models/mine --voice ann --out - | aplay -f S16_LE -r 24000 -c 1
@@ -58,7 +59,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_float("top_p", 0.8, "Nucleus; 1 sets no bound.", flag_values=flags)
     define.DEFINE_integer("top_k", 25, "Candidates; 0 sets no bound, a bundle has 1 to 100.", flag_values=flags)
     define.DEFINE_integer("min_length", None, "Speech tokens of a piece at least (25 a second).", flag_values=flags)
-    define.DEFINE_integer("max_length", None, "Speech tokens of a piece at most.", flag_values=flags)
+    text = "Speech tokens of a piece at most; by default 20 a text token."
+    define.DEFINE_integer("max_length", None, text, flag_values=flags)
     define.DEFINE_integer("chunk", None, "Tokens of a chunk; by default as trained.", flag_values=flags)
     text = "Tokens of left context, -1: no bound; by default as trained with that chunk."
     define.DEFINE_integer("left", None, text, flag_values=flags)

@@ -97,9 +97,10 @@ def speak(
     pipe = _open_pipe() if out == PIPE else None
     try:
         for frame in _frames(session, pieces):
-            frames.append(frame.samples)
-            if pipe is not None:
-                _send(pipe, frame)
+            if pipe is None:
+                frames.append(frame.samples)
+            else:
+                _send(pipe, frame)  # and is let go of: a pipe may go on for hours
             if on_frame is not None:
                 on_frame(frame, session)
     finally:
@@ -155,8 +156,9 @@ def _frames(session: Session, pieces: Iterator[str]) -> Iterator[Pcm]:
     """The frames; of arriving text all that can be heard of a piece comes before the next one is waited for."""
     if session.request.arriving:
         for piece in pieces:
-            session.push_text(piece)
-            if piece.endswith("\n"):
+            is_line = piece.endswith("\n")
+            session.push_text(piece.rstrip() if is_line else piece)  # the end of a line is no text to speak
+            if is_line:
                 session.end_piece()
             yield from session
         session.flush()

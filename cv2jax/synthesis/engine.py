@@ -18,12 +18,13 @@ from cv2jax.nn.chunks import NO_CHUNK, ChunkMask
 from cv2jax.shapes import Float32, Int32
 from cv2jax.synthesis.mel_stream import NEVER_STREAMS, MelStreams, SolvedVoice
 from cv2jax.synthesis.mel_whole import WholeMels
+from cv2jax.synthesis.pieces import Piece
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import Prompt, check_tokens
 from cv2jax.synthesis.request import Request, make_pieces, make_prompt_text
 from cv2jax.synthesis.result import STAGES, Result
 from cv2jax.synthesis.sampling import SamplingOptions
-from cv2jax.synthesis.session import Piece, Prepared, Session, StartMel, make_speech_request
+from cv2jax.synthesis.session import Prepared, Session, StartMel, make_speech_request
 from cv2jax.synthesis.speech_stream import MIN_RATIO, SpeechStreams
 from cv2jax.synthesis.stages import TOKENS_PER_SECOND, Stages, TokenizerStage
 from cv2jax.synthesis.voice import Voice, require_voice
@@ -57,10 +58,13 @@ class Engine:
             model serves at once; further ones wait. max_voices: whose solved recordings are kept, the last used.
           normalizer: as in `normalize_text`, "": texts stay as they are. hop_sizes: as in `MelStreams`.
 
-        Raises UserError for stages that do not belong together, and for a plan, mask or options that cannot be. A mask without
-        chunks serves offline requests alone.
+        Raises UserError for stages that do not belong together, and for a plan, mask, options or counts that cannot be. A mask
+        without chunks serves offline requests alone.
         """
         plan.validate()
+        for name, number in (("num_slots", num_slots), ("max_voices", max_voices)):
+            if number < 1:
+                raise UserError(f"{name}={number}: the engine needs 1 or more; give that many")
         _require_fitting(stages, tokenizer)
         self.stages, self.tokenizer, self._plan, self._normalizer = stages, tokenizer, plan, normalizer
         self._mels = None

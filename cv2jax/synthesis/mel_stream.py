@@ -122,19 +122,27 @@ class MelStreams:
 
     def take_state(self, solved: SolvedVoice) -> tuple[State, int]:
         """(the voice's state for a request to move on, its room), in the memory of one that has ended where that fits."""
-        need, most = solved.room, 1 if self.mask.left is not None else _MAX_EXCESS
-        # A ring of another size would hold what comes next elsewhere; empty slots are not quite for nothing.
+        need = solved.room
         for _ in range(len(self._kept)):
             with contextlib.suppress(IndexError):  # taken by another thread
                 room, used = self._kept.popleft()
-                if need <= room <= most * need:
+                if self._suits(need, room):
                     return self.stage.refill(used, solved.state), room
                 self._kept.append((room, used))
         return jax.tree.map(jnp.copy, solved.state), need
 
-    def keep_state(self, state: State, room: int) -> None:
-        """Takes the state of a request that has ended well, unless hops in it would have to be compiled."""
-        if not self._warm_room or room <= self._warm_room:
+    def _suits(self, need: int, room: int) -> bool:
+        """Whether a request that needs some room takes a state with another."""
+        # A ring of another size would hold what comes next elsewhere; empty slots are not quite for nothing.
+        return need <= room <= (1 if self.mask.left is not None else _MAX_EXCESS) * need
+
+    def keep_state(self, state: State, room: int, need: int) -> None:
+        """Takes the state of a request that has ended well and whose voice needs room for `need` tokens.
+
+        Not where hops in it would have to be compiled, nor where the next request of that voice would not take it: what one
+        long request has grown is not held for ever.
+        """
+        if self._suits(need, room) and (not self._warm_room or room <= self._warm_room):
             self._kept.append((room, state))
         while len(self._kept) > self._max_kept:
             with contextlib.suppress(IndexError):
@@ -219,6 +227,7 @@ class MelStream:
         self._num_solved, self.has_ended, self._ahead = solved.num_solved, False, np.zeros(0, np.int32)
         self._state: State = None
         self._state, self._room = streams.take_state(solved)
+        self._least_room = solved.room
 
     def num_to_border(self) -> int:
         """Tokens of the shortest next hop that is not the last one: to the end of the chunk."""
@@ -251,7 +260,7 @@ class MelStream:
         made, num_before = made[len(mel) :], max(start - num_prompt, 0)
         require_finite(made, FRAMES_PER_TOKEN * num_before, self._name)
         if last:
-            self._streams.keep_state(state, room)
+            self._streams.keep_state(state, room, self._least_room)
         else:
             self._num_solved, self.has_ended, self._ahead = start + count, False, ahead
             self._state, self._room = state, room

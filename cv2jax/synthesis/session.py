@@ -21,6 +21,7 @@ from cv2jax.shapes import Float32, Int32, Key
 from cv2jax.synthesis.arriving import ArrivingPieces
 from cv2jax.synthesis.mel_stream import MelStream, MelStreams
 from cv2jax.synthesis.mel_whole import WholeMel, WholeMels
+from cv2jax.synthesis.pieces import Piece, Pieces
 from cv2jax.synthesis.plan import HopPlan, Pace
 from cv2jax.synthesis.prompt import NonFinite
 from cv2jax.synthesis.request import Request
@@ -39,34 +40,6 @@ StartMel = Callable[[Key[Array, ""], str], MelStream | WholeMel]  # (key, name o
 Streams = tuple[MelStreams | WholeMels, WaveStreams]
 _HEARD = ("ok", "hit_limit")  # all of the request is sound
 _FOR_SPEECH, _FOR_MEL, _FOR_WAVE = range(3)  # folded into a request's key: no two stages share draws
-
-
-class Piece:
-    """A stretch of text, its speech tokens so far, and how much of them is heard.
-
-    Attributes:
-      ids: text tokens that the language model has not got yet, of `num_text`. closed: no more of them come; flushed: it knows.
-      slot: that it has there. is_drawn: no more speech tokens come; is_idle: none comes before there is more text.
-      ends_utterance: nothing is held back behind it, and what follows is vocoded anew.
-    """
-
-    def __init__(self, number: int, ids: list[int], closed: bool) -> None:
-        self.number, self.ids, self.closed = number, ids, closed
-        self.num_text, self.num_used = len(ids), 0
-        self.slot: int | None = None
-        self.is_drawn = self.is_idle = self.flushed = self.ends_utterance = False
-        self.tokens: list[int] = []
-
-    def add(self, ids: list[int]) -> None:
-        """Appends text tokens."""
-        self.ids += ids
-        self.num_text += len(ids)
-        self.is_idle = False
-
-    def take_ids(self) -> list[int]:
-        """The text tokens that the language model is to get now."""
-        ids, self.ids = self.ids, []
-        return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,22 +94,20 @@ class Session:
         self._mel: MelStream | WholeMel | None = None
         self._speed = SpeedChanger(request.speed)
         self._frames: deque[Pcm] = deque()
-        self._text, self._tags = ArrivingPieces(), TagState()
+        self._text, self._tags = ArrivingPieces(lambda text: len(engine.tokenizer.encode(text))), TagState()
         self._incremental, self._flushed = incremental.init_incremental(), not request.arriving
-        self.pieces = [Piece(i, ids, True) for i, ids in enumerate(prepared.pieces)]
+        self.pieces, self.num_samples = Pieces(prepared.pieces), 0
         if prepared.source is not None:
-            self._add_source(prepared.source)
-        self._place = self.num_samples = 0  # of the piece that is heard; samples made
+            self._append_drawn(prepared.source.tolist())
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._first_audio: float | None = None
         self._status, self._message, self._end = "running", "", 0.0
         self._limited = False
-        self._silent: Piece | None = None  # the first that says nothing
+        self._silent: int | None = None  # number of the first piece that says nothing
 
-    def _add_source(self, tokens: Int32[np.ndarray, " L"]) -> None:
-        piece = Piece(0, [], True)
-        piece.tokens, piece.is_drawn, piece.flushed = tokens.tolist(), True, True
-        self.pieces.append(piece)
+    def _append_drawn(self, tokens: list[int]) -> None:
+        piece = self.pieces.append([], closed=True)
+        piece.tokens, piece.is_drawn, piece.flushed = tokens, True, True
 
     # ---- for the caller
 
@@ -148,15 +119,16 @@ class Session:
     @property
     def result(self) -> Result:
         """What came of it so far."""
+        num_text, num_speech, num_pieces = self.pieces.counts
         return Result(
             status=self._status,
             message=self._message,
             mode=self.request.mode,
             voice=self.request.voice.name,
             seed=self.request.seed,
-            num_text_tokens=sum(piece.num_text for piece in self.pieces),
-            num_speech_tokens=sum(len(piece.tokens) for piece in self.pieces),
-            num_pieces=sum(bool(piece.num_text or piece.tokens) for piece in self.pieces),
+            num_text_tokens=num_text,
+            num_speech_tokens=num_speech,
+            num_pieces=num_pieces,
             num_samples=self.num_samples,
             rate_hz=self._rate,
             seconds=dict(self.seconds),
@@ -183,16 +155,16 @@ class Session:
     def end_piece(self) -> None:
         """Says that what was pushed so far is to be heard to its end without waiting for more, as a line that is complete.
 
-        What is pushed behind it is spoken as an utterance of its own. Does nothing where there is nothing to speak.
+        What is pushed behind it is spoken as an utterance of its own. What has nothing to speak is dropped.
         """
         if self._flushed or self.ended:
             return
         self._append(self._text.end())
-        if self.pieces and self._place == len(self.pieces) and not self.pieces[-1].ends_utterance:
-            self.pieces.append(Piece(len(self.pieces), [], True))  # all is heard, but for what the vocoder holds back
-            self.pieces[-1].is_drawn = self.pieces[-1].flushed = True
-        if self.pieces:
-            self.pieces[-1].ends_utterance = True
+        newest = self.pieces.newest
+        if newest is not None and self.pieces.heard is None and not newest.ends_utterance:
+            self._append_drawn([])  # all is heard, but for what the vocoder holds back
+        if self.pieces.newest is not None:
+            self.pieces.newest.ends_utterance = True
 
     def flush(self) -> None:
         """Says that no more text comes.
@@ -203,10 +175,10 @@ class Session:
             return
         check_tags_closed(self._tags)
         self._append(self._text.flush())
-        if not self.pieces:
+        if self.pieces.newest is None:
             raise UserError(f"{self.request.name}: the text has nothing to speak; give it some words")
-        if not self.pieces[-1].closed:
-            self._close_piece()
+        if not self.pieces.newest.closed:
+            self._close_piece(self.pieces.newest)
         self._flushed = True
 
     def cancel(self) -> None:
@@ -253,17 +225,18 @@ class Session:
     def _append(self, parts: list[tuple[str, bool]]) -> None:
         start = time.perf_counter()
         for text, ends in parts:
-            if not self.pieces or self.pieces[-1].closed:
-                self.pieces.append(Piece(len(self.pieces), [], False))
+            piece = self.pieces.newest
+            if piece is None or piece.closed:
+                piece = self.pieces.append([], closed=False)
             self._incremental, ids = incremental.push(self._engine.tokenizer, self._incremental, text)
-            self.pieces[-1].add(ids)
+            piece.add(ids)
             if ends:
-                self._close_piece()
+                self._close_piece(piece)
         self.seconds["text"] += time.perf_counter() - start
 
-    def _close_piece(self) -> None:
-        self.pieces[-1].add(incremental.flush(self._engine.tokenizer, self._incremental))
-        self._incremental, self.pieces[-1].closed = incremental.init_incremental(), True
+    def _close_piece(self, piece: Piece) -> None:
+        piece.add(incremental.flush(self._engine.tokenizer, self._incremental))
+        self._incremental, piece.closed = incremental.init_incremental(), True
 
     # ---- for the engine
 
@@ -291,7 +264,7 @@ class Session:
         piece.is_drawn = result.status != "running"
         self._limited |= result.status == "hit_limit"
         if piece.is_drawn and not piece.tokens and self._silent is None:
-            self._silent = piece
+            self._silent = piece.number
         if result.status == "non_finite":
             self.finish(
                 "non_finite", f"{self.request.name}: the language model's scores are not finite; check the checkpoint"
@@ -299,7 +272,7 @@ class Session:
 
     def num_missing(self) -> int | None:
         """Speech tokens until the next hop; None where it waits for no draws."""
-        piece = self._heard_piece()
+        piece = self.pieces.heard
         if self.ended or piece is None or piece.is_drawn or piece.is_idle or piece.slot is None:
             return None
         missing = self._hop_size(piece) + LOOKAHEAD - (len(piece.tokens) - piece.num_used)
@@ -309,7 +282,7 @@ class Session:
         """(tokens of the hop that can be made now, whether it ends its piece); None where there is none."""
         if self.ended:
             return None
-        piece = self._heard_piece()
+        piece = self.pieces.heard
         if piece is None:
             return (0, True) if self._flushed else None  # the end of what the vocoder holds back
         there = len(piece.tokens) - piece.num_used
@@ -323,9 +296,9 @@ class Session:
         """Makes the hop that `next_hop` has found: mel, waveform, a frame for the caller."""
         try:
             start = time.perf_counter()
-            piece = self._heard_piece()
+            piece = self.pieces.heard
             mel = self._hear(size, ends)
-            last = ends and self._flushed and self._heard_piece() is None
+            last = ends and self._flushed and self.pieces.heard is None
             middle = time.perf_counter()
             samples = self._wave.hop(mel, last=last or (ends and piece is not None and piece.ends_utterance))
             end = time.perf_counter()
@@ -341,10 +314,10 @@ class Session:
             if self._first_audio is None:
                 self._first_audio = end - self._begun
         if self._wave.has_ended and not last:
-            self._wave = self._waves.start(jax.random.fold_in(self._wave_key, self._place))
+            self._wave = self._waves.start(jax.random.fold_in(self._wave_key, self.pieces.num_heard))
             self._pace = self._make_pace()
         if last and self._silent is not None:
-            place = f"piece {self._silent.number + 1} of {len(self.pieces)}"
+            place = f"piece {self._silent + 1} of {self.pieces.num}"
             self.finish("empty", f"{self.request.name}: {place}: nothing was drawn")
         elif last:
             self.finish("ok" if self.num_samples else "empty")
@@ -355,9 +328,6 @@ class Session:
         self._message, self._end = message, time.perf_counter()
         self._mel = None
         self._engine.release(self)
-
-    def _heard_piece(self) -> Piece | None:
-        return self.pieces[self._place] if self._place < len(self.pieces) else None
 
     def _hop_size(self, piece: Piece) -> int:
         to_border = self._open_mel(piece).num_to_border()
@@ -371,7 +341,7 @@ class Session:
 
     def _hear(self, size: int, ends: bool) -> Float32[np.ndarray, "F M"]:
         """The mel of the next hop, at the request's speed; goes on to the next piece at the end of one."""
-        mel, piece = np.zeros((0, self._mels.stage.num_mels), np.float32), self._heard_piece()
+        mel, piece = np.zeros((0, self._mels.stage.num_mels), np.float32), self.pieces.heard
         if piece is None:
             return mel
         if size:
@@ -382,6 +352,6 @@ class Session:
             self._pace.add(size)
         mel = self._speed.push(mel, last=ends)
         if ends:
-            self._place += 1
+            self.pieces.leave()
             self._mel, self._speed = None, SpeedChanger(self.request.speed)
         return mel

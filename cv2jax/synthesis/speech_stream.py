@@ -75,9 +75,10 @@ class _Slot:
     def _check_asked(self) -> None:
         asked = self.request.min_length, self.request.max_length
         least, most = asked[0] or 0, interleave.NO_LIMIT if asked[1] is None else asked[1]
-        if not 0 <= least <= most or most < 1:
+        if not 0 <= least <= most or not 1 <= most <= interleave.NO_LIMIT:
             raise UserError(
-                f"{self.request.name}: min_length={least}, max_length={most}: must be 0 <= min <= max and max >= 1"
+                f"{self.request.name}: min_length={least}, max_length={most}: must be 0 <= min <= max and 1 <= max <="
+                f" {interleave.NO_LIMIT}"
             )
 
     def _check_tokens(self, text: Integer[np.ndarray, " T"], speech: Integer[np.ndarray, " L"]) -> None:

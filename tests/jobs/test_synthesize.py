@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.jobs import synthesize as job
 from cv2jax.jobs.synthesize import SynthesizeOptions, make_request, read_lines, synthesize
+from cv2jax.synthesis.request import Request
 from cv2jax.synthesis.result import Pcm
 from cv2jax.synthesis.voice import save_voice
 from tests.small_model import make_small_model, make_small_voice
@@ -87,6 +89,46 @@ def test_a_line_is_heard_to_its_end_before_the_next_one_comes(said, monkeypatch)
     assert heard == [20 * 48, 40 * 48]
 
 
+def test_a_line_break_is_no_text_to_speak(monkeypatch):
+    engine, got = make_engine(), []
+    open_, push_text = engine._speech.open, engine._speech.push_text
+
+    def open_slot(slot, request, key, **settings):
+        got.append(request.text_tokens.tolist())
+        open_(slot, request, key, **settings)
+
+    def push(slot, tokens):
+        got[-1] += tokens.tolist()
+        push_text(slot, tokens)
+
+    monkeypatch.setattr(engine._speech, "open", open_slot)
+    monkeypatch.setattr(engine._speech, "push_text", push)
+    session = engine.open(Request(voice=voice(), arriving=True, min_length=6, max_length=6))
+    lines = ["one two.\r\n", "\n", " \r\n", "...\n", "three\n", "one ", "two", " \n", "four five"]
+    frames = list(job._frames(session, iter(lines)))
+    assert got == [engine.tokenizer.encode(text) for text in ("one two.", "three", "one two", "four five")]
+    assert (session.result.num_pieces, sum(len(frame.samples) for frame in frames)) == (4, 4 * 6 * 48)
+
+
+def test_samples_are_kept_for_a_file_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "_open_pipe", io.BytesIO)
+    engine, request = make_engine(), Request(voice=voice(), text=TEXT, min_length=60, max_length=60)
+
+    def most_kept(out):
+        seen, kept = [], []
+
+        def look(frame, _):
+            seen.append(weakref.ref(frame.samples))
+            kept.append(sum(samples() is not None for samples in seen))
+
+        job.speak(engine, request, iter(()), out, look)
+        return max(kept), len(seen)
+
+    kept, num_frames = most_kept(job.PIPE)
+    assert kept <= 2 < num_frames
+    assert most_kept(str(tmp_path / "a.wav")) == (num_frames, num_frames)
+
+
 @pytest.mark.parametrize(
     ("words", "settings", "message"),
     [
@@ -124,6 +166,7 @@ def test_a_line_is_heard_to_its_end_before_the_next_one_comes(said, monkeypatch)
             "text: <|im_start|> does not belong in a text",
         ),
         (["-", "--out=-", "--stream"], {"stdin": b"one <strong>two\n"}, "text: <strong> is never closed by </strong>"),
+        ([TEXT, "--out=-", f"--max_length={1 << 64}"], {}, "max_length=18446744073709551616: must be 0 <= min <= max"),
         ([TEXT, "--out=-", "--real_time_factor=0"], {}, "real_time_factor=0.0: must be positive"),
     ],
 )

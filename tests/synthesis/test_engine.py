@@ -95,19 +95,21 @@ def test_each_mode_gives_its_tensors_to_each_stage(engine, name):
 def test_an_offline_request_hears_each_piece_whole_behind_its_last_token(engine):
     request, v = ask(offline=True, seed=5), voice()
     session = engine.open(request)
+    [piece] = session.pieces
     first = next(session)
-    assert session.pieces[0].is_drawn
+    assert piece.is_drawn
     got = np.concatenate([first.samples, *[frame.samples for frame in session]])
     of = lambda stage: jax.random.fold_in(jax.random.key(5), stage)  # noqa: E731
     prompt = Prompt(speaker_embedding=v.speaker_embedding, speech_tokens=v.speech_tokens, mel=v.mel)
-    tokens = np.array(session.pieces[0].tokens, np.int32)
+    tokens = np.array(piece.tokens, np.int32)
     asked = MelRequest(voice=prompt, speech_tokens=tokens, key=jax.random.fold_in(of(1), 0))
     [mel] = MelSolver(stages().mel, ChunkMask(chunk=NO_CHUNK))([asked])
     np.testing.assert_allclose(got, synthesise(stages().wave, mel, of(2)), rtol=0, atol=1e-4)
     # Streamed, it has the same tokens and other samples; beside others it says what it says alone.
     streamed, beside = engine.open(ask(seed=5)), engine.open(request)
+    [piece] = streamed.pieces
     samples, again = hear(streamed), hear(beside)
-    assert streamed.pieces[0].tokens == tokens.tolist()
+    assert piece.tokens == tokens.tolist()
     assert np.abs(samples - got).max() > 1e-3
     np.testing.assert_allclose(again, got, rtol=0, atol=1e-4)
 
@@ -210,10 +212,11 @@ def test_arriving_text_is_the_same_for_any_pushes_and_waits_in_between(engine):
             parts += list(session)
         assert not session.ended
         session.flush()
-        found.append((session, np.concatenate([frame.samples for frame in parts + list(session)])))
+        [piece] = session.pieces
+        found.append((piece, np.concatenate([frame.samples for frame in parts + list(session)])))
         assert session.result.status == "hit_limit"
-    for session, waveform in found[1:]:
-        assert session.pieces[0].tokens == found[0][0].pieces[0].tokens
+    for piece, waveform in found[1:]:
+        assert piece.tokens == found[0][0].tokens
         np.testing.assert_allclose(waveform, found[0][1], rtol=0, atol=1e-4)
 
 
@@ -223,7 +226,7 @@ def test_arriving_text_is_heard_before_it_ends(engine):
     early = list(session)
     assert early
     assert session.waits
-    num_text = session.pieces[0].num_text + len(tokenizer().encode("two one"))
+    num_text = session.result.num_text_tokens + len(tokenizer().encode("two one"))
     assert session.result.num_speech_tokens == num_text // 5 * 15 - 12 >= 15  # the recording fills groups, too
     session.push_text(" ten two")
     early += list(session)
@@ -237,21 +240,22 @@ def test_arriving_text_is_heard_before_it_ends(engine):
 def test_a_long_text_is_split_and_its_pieces_are_joined_by_the_vocoder(engine):
     sentence = " ".join([TEXT] * 2) + ". "
     session = engine.open(ask(text=sentence * 10, min_length=6, max_length=11))
+    pieces = list(session.pieces)
     got, result = hear(session), session.result
     assert result.num_pieces >= 2
     assert len(got) == PER_TOKEN * result.num_speech_tokens
     mels = [np.zeros((0, 5), np.float32)]
     hop = make_engine().mels
     solved, key = hop.enroll(Prompt(**_recording())), jax.random.fold_in(jax.random.key(0), 1)
-    for piece in session.pieces:
+    for piece in pieces:
         mels.append(hop.start(solved, jax.random.fold_in(key, piece.number)).hop(np.array(piece.tokens, np.int32)))
     want = synthesise(stages().wave, np.concatenate(mels), jax.random.fold_in(jax.random.key(0), 2))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     # No seam: the step from one piece to the next is no larger than steps elsewhere.
-    border = PER_TOKEN * len(session.pieces[0].tokens)
+    border = PER_TOKEN * len(pieces[0].tokens)
     steps = np.abs(np.diff(got))
     assert steps[border - 1] <= steps.max()
-    assert len({tuple(piece.tokens) for piece in session.pieces}) == result.num_pieces
+    assert len({tuple(piece.tokens) for piece in pieces}) == result.num_pieces
 
 
 def _recording():
@@ -263,7 +267,7 @@ def test_twenty_thousand_characters_are_split(engine):
     text = (TEXT + ". ") * 800
     assert len(text) >= 20_000
     session = engine.open(ask(text=text, max_length=3, min_length=1))
-    assert len(session.pieces) > 30
+    assert session.pieces.num > 30
     next(session)
     session.cancel()
     with pytest.raises(UserError, match=r"^request: text, prompt and at least .* positions, more than 32768; split"):
@@ -271,7 +275,7 @@ def test_twenty_thousand_characters_are_split(engine):
     assert engine.num_open == 0
     for text in ("one " * 5_000, "一" * 20_000, "a" * 20_000):  # without an end of a clause
         with engine.open(ask(text=text)) as session:
-            assert len(session.pieces) > 30
+            assert session.pieces.num > 30
 
 
 @pytest.mark.parametrize("speed", [0.8, 1.25])
@@ -379,6 +383,11 @@ def test_scores_that_are_not_finite_are_reported():
         ),
         ({"sampling": {"top_k": 99}}, "sampling.top_k=99"),
         ({"min_length": 50}, "must be 0 <= min <= max"),
+        (
+            {"max_length": 1 << 64},
+            "max_length=18446744073709551616: must be 0 <= min <= max and 1 <= max <= 2147483647$",
+        ),
+        ({"max_length": 1 << 64, "text": "", "arriving": True}, "must be 0 <= min <= max"),
         ({"mode": "conversion"}, "needs a recording to convert"),
         ({"mode": "conversion", "text": "", "arriving": True}, "cannot be converted while it arrives"),
         ({"mode": "conversion", "text": "", "min_length": 3, **SOURCE}, "draws no tokens; leave min_length out"),
@@ -416,6 +425,12 @@ def test_misuse_of_text_that_arrives(engine):
     with pytest.raises(UserError, match="text behind its end"):
         session.push_text("more")
     assert len(hear(session)) > 0
+
+
+@pytest.mark.parametrize("name", ["num_slots", "max_voices"])
+def test_an_engine_has_a_slot_and_a_voice_at_least(name):
+    with pytest.raises(UserError, match=rf"^{name}=0: the engine needs 1 or more; give that many$"):
+        make_engine(**{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,13 @@ def test_a_request_takes_the_memory_of_one_that_has_ended(monkeypatch, mask):
         np.testing.assert_allclose(hear(again, tokens, 0), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("room", "is_kept"), [(100, True), (125, False)])
+def test_the_memory_of_a_request_is_kept_where_its_voice_would_take_it_again(room, is_kept):
+    these, state = MelStreams(STAGE, FULL), STAGE.init_state(1)
+    these.keep_state(state, room, 25)
+    assert len(these._kept) == is_kept
+
+
 def test_batches_have_no_more_rows_than_is_allowed():
     voice, shapes = make_voice(0), []
     few = MelSolver(STAGE, FULL, max_rows=3, bucket=10)

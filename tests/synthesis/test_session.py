@@ -8,9 +8,12 @@ import pytest
 
 from cv2jax.config import UserError
 from cv2jax.nn.chunks import ChunkMask
+from cv2jax.synthesis.arriving import ArrivingPieces
 from cv2jax.synthesis.mel_solver import MelSolver
 from cv2jax.synthesis.plan import HopPlan
 from cv2jax.synthesis.prompt import MelRequest, Prompt
+from cv2jax.synthesis.request import Request
+from cv2jax.synthesis.session import make_speech_request
 from cv2jax.synthesis.wave_stream import synthesise
 from tests.synthesis.small_engine import PER_TOKEN, TEXT, ask, hear, make_engine, speech_stage, stages, tokenizer, voice
 
@@ -32,12 +35,13 @@ def test_a_piece_that_says_nothing_is_reported_and_the_rest_is_heard(engine):
         session.push_text(word)
         session.end_piece()
     session.flush()
+    pieces = list(session.pieces)
     engine._speech.advance = advance
     try:
         heard = hear(session)
     finally:
         engine._speech.advance = drawn
-    assert [len(piece.tokens) for piece in session.pieces] == [6, 0, 6]
+    assert [len(piece.tokens) for piece in pieces] == [6, 0, 6]
     assert (session.result.status, len(heard)) == ("empty", 12 * PER_TOKEN)
     assert session.result.message == "request: piece 2 of 3: nothing was drawn"
 
@@ -63,10 +67,11 @@ def test_slots_that_wait_for_text_are_told(engine):
 def test_a_long_text_does_not_keep_a_later_request_waiting(engine):
     long = {"text": (" ".join([TEXT] * 2) + ". ") * 120, "min_length": 4, "max_length": 4}
     sessions = [engine.open(ask(seed=seed, **long)) for seed in (1, 2)]
+    pieces = [list(session.pieces) for session in sessions]
     short = engine.open(ask(seed=3, min_length=12))
     samples = hear(short)
-    assert max(sum(piece.is_drawn for piece in session.pieces) for session in sessions) < 10
-    assert min(len(session.pieces) for session in sessions) > 15
+    assert max(sum(piece.is_drawn for piece in those) for those in pieces) < 10
+    assert min(map(len, pieces)) > 15
     np.testing.assert_allclose(samples, engine.speak(ask(seed=3, min_length=12))[0], rtol=0, atol=1e-4)
     for session in sessions:
         session.cancel()
@@ -74,25 +79,26 @@ def test_a_long_text_does_not_keep_a_later_request_waiting(engine):
 
 def test_a_line_is_an_utterance_of_its_own(engine):
     lines = ["one two three", "four five"]
-    session, parts = engine.open(ask(text="", arriving=True)), []
+    session, parts, pieces = engine.open(ask(text="", arriving=True)), [], []
     for line in lines:
         session.push_text(line + "\n")
         session.end_piece()
         session.end_piece()
+        pieces += session.pieces
         parts.append(np.concatenate([frame.samples for frame in session]))
-        assert len(parts[-1]) == PER_TOKEN * len(session.pieces[len(parts) - 1].tokens)  # nothing is held back
+        assert len(parts[-1]) == PER_TOKEN * len(pieces[-1].tokens)  # nothing is held back
     session.push_text("\n")
     session.end_piece()
     session.flush()
     assert (list(session), session.result.num_pieces, session.num_samples) == ([], 2, sum(map(len, parts)))
     alone = engine.open(ask(text=lines[0], arriving=True))
     alone.flush()
-    assert alone.pieces[0].num_text == session.pieces[0].num_text - len(tokenizer().encode("\n"))
+    assert alone.result.num_text_tokens == pieces[0].num_text - len(tokenizer().encode("\n"))
     alone.cancel()
     # The vocoder begins each anew, with noise of its own.
     key = jax.random.key(0)
     for number, part in enumerate(parts):
-        tokens = np.array(session.pieces[number].tokens, np.int32)
+        tokens = np.array(pieces[number].tokens, np.int32)
         stream = engine.mels.start(engine.enroll(voice()), jax.random.fold_in(jax.random.fold_in(key, 1), number))
         wave_key = jax.random.fold_in(key, 2)
         want = synthesise(stages().wave, stream.hop(tokens), jax.random.fold_in(wave_key, 1) if number else wave_key)
@@ -102,13 +108,57 @@ def test_a_line_is_an_utterance_of_its_own(engine):
 def test_the_end_of_a_line_whose_words_are_all_heard_lets_the_rest_out(engine):
     session = engine.open(ask(text="one two ", arriving=True, min_length=20, max_length=20))
     session._append([("", True)])  # as where the bound of a piece was reached
-    session._text = type(session._text)()
+    session._text = ArrivingPieces(len)
     early = np.concatenate([frame.samples for frame in session])
     assert len(early) == 20 * PER_TOKEN - engine.waves.hold_back
     session.end_piece()
     assert len(np.concatenate([frame.samples for frame in session])) == engine.waves.hold_back
     session.flush()
     assert (list(session), session.result.status, session.result.num_pieces) == ([], "hit_limit", 1)
+
+
+def test_what_is_heard_is_let_go_of_and_still_counted(engine):
+    session, pieces = engine.open(ask(text="", arriving=True, min_length=6, max_length=6)), []
+    for number in range(1, 9):
+        session.push_text("one two")
+        session.end_piece()
+        pieces += session.pieces
+        list(session)
+        assert (list(session.pieces), session.result.num_pieces) == ([], number)
+        assert session.result.num_speech_tokens == 6 * number
+        assert session.result.num_text_tokens == number * len(tokenizer().encode("one two"))
+    session.flush()
+    list(session)
+    assert [piece.number for piece in pieces] == list(range(8))
+    assert session.result.num_speech_tokens == session.num_samples / PER_TOKEN == sum(len(p.tokens) for p in pieces)
+
+
+def test_text_that_arrives_behind_the_last_token_of_its_piece_is_counted(engine):
+    session = engine.open(ask(text="one two three four ", arriving=True, min_length=3, max_length=3))
+    list(session)
+    assert (list(session.pieces), session.result.num_speech_tokens) == ([], 3)
+    session.push_text("five")
+    session.end_piece()
+    session.push_text("one")
+    session.flush()
+    list(session)
+    result, words = session.result, ("one two three four five", "one")
+    assert result.num_text_tokens == sum(len(tokenizer().encode(text)) for text in words)
+    assert (result.status, result.num_speech_tokens, result.num_pieces) == ("hit_limit", 6, 2)
+
+
+@pytest.mark.parametrize("text", ["1" * 1_300, "12345678901234567 " * 40], ids=["digits", "long words"])
+def test_text_that_arrives_without_clauses_fits_the_context(text):
+    speech = dataclasses.replace(speech_stage(), max_positions=2048, cache_lengths=(512, 1024, 2048))
+    engine = make_engine(stages=dataclasses.replace(stages(), speech=speech))
+    with engine.open(Request(voice=voice(200), text=text, arriving=True)) as session:
+        session.flush()
+        assert session.pieces.num > 4
+        ids = [i for piece in session.pieces for i in piece.ids]
+        assert tokenizer().decode(ids).replace(" ", "") == text.replace(" ", "")
+        for piece in session.pieces:  # none is refused, which is told when it gets its slot
+            engine._speech.check(make_speech_request(session._prepared, piece.ids))
+        assert (engine.advance(), session.result.status) == (True, "running")
 
 
 def test_tags_of_text_that_arrives_are_checked(engine):

@@ -81,7 +81,7 @@ def decode(mel: np.ndarray) -> np.ndarray:
     return np.asarray(run(mel[None]))[0]
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_offline_waveform():
     want = golden()["full"][0]
     np.testing.assert_allclose(decode(solve(NO_CHUNK)), want, rtol=0, atol=1e-3)
@@ -95,7 +95,7 @@ def test_the_offline_waveform():
     np.testing.assert_allclose(asked[: 9 * 24_000], want[: 9 * 24_000], rtol=0, atol=1e-3)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_offline_waveform_at_another_speed():
     mel = SpeedChanger(1.25).push(solve(NO_CHUNK), last=True)
     np.testing.assert_allclose(synthesise(stages().wave, mel, KEY), golden()["speed125"][0], rtol=0, atol=1e-3)
@@ -106,7 +106,7 @@ def voice() -> Voice:
     return Voice(speaker_embedding=g["embedding"][0], speech_tokens=g["prompt_token"][0], mel=g["prompt_feat"][0])
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_our_stream_is_our_whole_and_differs_from_the_official_one_where_that_has_its_seams(monkeypatch):
     # The official hops: 25, 50 and 100 tokens, but for the prompt's remainder.
     engine = Engine(stages(), tokenizer(), mask=ChunkMask(chunk=5), plan=HopPlan(real_time_factor=0.1))
@@ -132,7 +132,7 @@ def test_our_stream_is_our_whole_and_differs_from_the_official_one_where_that_ha
     assert np.abs(solve(5) - solve(NO_CHUNK))[2 * 192 :].max() > 0.1
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_first_official_hop_is_our_stream():
     engine = Engine(stages(), tokenizer(), mask=ChunkMask(chunk=5), hop_sizes=(45,), plan=HopPlan(real_time_factor=0.9))
     session = engine.open(Request(voice=voice(), mode="conversion", source_tokens=golden()["token"][0]))

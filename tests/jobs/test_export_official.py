@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import zipfile
 
 import flax.linen as nn
 import jax
@@ -80,7 +81,8 @@ def golden(tmp_path_factory):
     torch.save(old, official / "hift.pt")
     (official / "vllm").mkdir()
     (official / "vllm" / "model.bin").write_text("of the language model")
-    (official / "flow.encoder.fp16.zip").write_text("of the flow")
+    with zipfile.ZipFile(official / "flow.encoder.fp16.zip", "w") as archive:
+        archive.writestr("code", "of the flow")
     shutil.copyfile(official / "campplus.onnx", official / "flow.decoder.estimator.fp32.onnx")  # of the flow too
     (official / "README.md").write_text("whatever")
     import_directory(official, root / "model")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their names as text."""
 
 import contextlib
 import os
@@ -7,6 +7,19 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from cv2jax.config import UserError
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""A path as text for a UTF-8 file: bytes of it that are no UTF-8, which Python keeps as surrogates, as \xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def utf8_path(path: str | os.PathLike[str], library: str) -> str:
+    """A path as the text that `library` takes; UserError where it has bytes that are no UTF-8, which that does not take."""
+    text = os.fspath(path)
+    if printable(path) != text:
+        raise UserError(f"{path}: {library} takes no path with bytes that are not UTF-8; rename it")
+    return text
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """`cv2jax VERB …`: finds the verb's file, parses its flags with absl, turns a mistake into one line and exit code 2."""
 
 import importlib
+import io
 import logging as standard_logging
 import os
 import pathlib
@@ -102,6 +103,12 @@ def _silence_closed_outputs() -> bool:
     return found
 
 
+def _print_any_path() -> None:
+    r"""Has stdout spell what its encoding lacks as \uNNNN, as stderr does: the bytes of a path may be no text."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _set_up_log() -> None:
     """Our own messages from INFO up, those of libraries (Orbax tells of every array) from WARNING up, on stderr."""
     logging.set_verbosity(logging.INFO)
@@ -115,6 +122,7 @@ def _set_up_log() -> None:
 def main() -> None:
     """Console entry point: absl's own flags are marked parsed (grain's workers ask for that), ours are the verb's."""
     argv = sys.argv[1:]
+    _print_any_path()
     _set_up_log()
     app.run(lambda _: sys.exit(run(argv)), argv=[sys.argv[0]])
 

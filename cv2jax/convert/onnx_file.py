@@ -25,6 +25,16 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _MODEL_GRAPH, _GRAPH_TENSOR = 7, 5  # ModelProto.graph, GraphProto.initializer
 _RAW_DATA = 9  # of TensorProto
 _TYPED_DATA = (4, 5, 6, 7, 10, 11)  # float_data, int32_data, …
+# Of raw data, where several share a byte; numpy gives each a byte of its own.
+_PACKED_BITS = {
+    "int4": 4,
+    "uint4": 4,
+    "float4_e2m1fn": 4,
+    "int2": 2,
+    "uint2": 2,
+    "float6_e2m3fn": 6,
+    "float6_e3m2fn": 6,
+}
 
 
 class UnknownGraph(UserError):
@@ -48,13 +58,18 @@ class StoredTensor:
     encoded: bool = False
 
     def read(self, index: Index) -> Shaped[np.ndarray, "..."]:
-        """The block `index`, a copy."""
+        """The block `index`, a copy; UserError where a tensor has other values than its shape says."""
         if self.encoded:
             onnx = import_official("onnx")
             with self.file.open("rb") as file:
                 file.seek(self.start)
                 tensor = onnx.TensorProto.FromString(file.read(self.end - self.start))
-            return np.array(onnx.numpy_helper.to_array(tensor)[index], self.dtype)
+            try:
+                values = onnx.numpy_helper.to_array(tensor)
+            except (ValueError, TypeError) as error:
+                why = " ".join(f"tensor {tensor.name}: {error}".split())
+                raise UserError(f"{self.file}: is damaged ({why}); copy it again") from error
+            return np.array(values[index], self.dtype)
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)[index]
         little = self.dtype.newbyteorder("<")
@@ -68,12 +83,14 @@ class OnnxFile:
     Attributes:
       path: of the file. model: its `onnx.ModelProto` without the initialisers. tensors: those, by name.
 
-    Raises UserError for a file that is missing, damaged or cut off, or whose external data are.
+    Raises UserError for a file that is missing, damaged or cut off, or whose external data are; UnknownGraph for one that is
+    sound as far as can be told, but has tensors of a type that is not read here.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self.tensors: dict[str, StoredTensor] = {}
+        self._unknown = ""  # why, told when all else is found sound
         self._onnx = import_official("onnx")
         decode_error = import_official("google.protobuf.message").DecodeError
         refuse_pointer(self.path)
@@ -91,6 +108,8 @@ class OnnxFile:
         if not nodes:
             raise self._damaged("it has no graph")
         self._check_texts(*(text for node in nodes for text in (node.name, node.op_type, *node.input, *node.output)))
+        if self._unknown:
+            raise UnknownGraph(f"{self.path}: {self._unknown}")
 
     def _check_texts(self, *names: Any) -> None:
         if not all(isinstance(name, str) for name in names):  # protobuf hands out as bytes what is no UTF-8
@@ -164,10 +183,15 @@ class OnnxFile:
         tensor = self._onnx.TensorProto.FromString(bytes(header))
         name, shape = tensor.name, tuple(tensor.dims)
         self._check_texts(name)
+        if min(shape, default=0) < 0:
+            raise self._damaged(f"tensor {name} has the shape {list(shape)}")
         try:
             dtype = np.dtype(self._onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        except (KeyError, TypeError) as error:
-            raise UnknownGraph(f"{self.path}: tensor {name} is of the unknown type {tensor.data_type}") from error
+        except (KeyError, TypeError):
+            self._unknown = f"tensor {name} is of the unknown type {tensor.data_type}"
+            return
+        if dtype.name in _PACKED_BITS:
+            self._unknown = f"tensor {name} is of {dtype}, less than a byte each"
         place = {"shape": shape, "dtype": dtype}
         if tensor.data_location == self._onnx.TensorProto.EXTERNAL:
             self.tensors[name] = self._external(tensor, place)
@@ -179,12 +203,13 @@ class OnnxFile:
             self.tensors[name] = StoredTensor(file=self.path, start=start, end=stop, **place)
 
     def _check_size(self, name: str, size: int, place: Mapping[str, Any]) -> None:
-        must = math.prod(place["shape"]) * place["dtype"].itemsize
+        must = _num_bytes(**place)
         if size != must:
             raise self._damaged(f"tensor {name} has {size} bytes of {must}")
 
     def _external(self, tensor: Any, place: Mapping[str, Any]) -> StoredTensor:
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        self._check_texts(*entries, *entries.values())
         location = pathlib.PurePosixPath(entries.get("location", ""))
         # A model must not make us read what is not beside it.
         if not location.parts or location.is_absolute() or ".." in location.parts:
@@ -192,12 +217,23 @@ class OnnxFile:
         file = self.path.parent / location
         if not file.is_file():
             raise UserError(f"{file}: is missing, and {self.path.name} keeps tensors in it; copy it to its side")
-        start = int(entries.get("offset", 0))
-        size = math.prod(place["shape"]) * place["dtype"].itemsize
-        self._check_size(tensor.name, int(entries.get("length", size)), place)
+        numbers = {"offset": entries.get("offset") or 0, "length": entries.get("length") or _num_bytes(**place)}
+        try:
+            start, size = map(int, numbers.values())
+        except ValueError:
+            start, size = -1, -1
+        if start < 0 or size < 0:
+            said = ", ".join(f"{key} {value}" for key, value in numbers.items())
+            raise self._damaged(f"tensor {tensor.name} lies at {said}")
+        self._check_size(tensor.name, size, place)
         if start + size > file.stat().st_size:
             raise UserError(f"{file}: is damaged (cut off before the end of tensor {tensor.name}); copy it again")
         return StoredTensor(file=file, start=start, end=start + size, **place)
+
+
+def _num_bytes(shape: Shape, dtype: np.dtype) -> int:
+    """Of a tensor's raw values."""
+    return -(-math.prod(shape) * _PACKED_BITS.get(dtype.name, 8 * dtype.itemsize) // 8)
 
 
 def write_onnx(path: str | os.PathLike[str], model: Any, tensors: Mapping[str, ForeignTensor]) -> None:

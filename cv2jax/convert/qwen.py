@@ -138,6 +138,10 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
     names = read_json(directory / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{directory / INDEX}: is damaged (no weight_map); copy it again")
+    # An index must not make us open what is not beside it; a shard may be a link, as in the caches of the hub.
+    outside = sorted({file for file in names.values() if pathlib.PurePath(file).name != file})
+    if outside:
+        raise UserError(f"{directory / INDEX}: names {outside[0]!r}, which is no file beside it; copy it again")
     lacking = sorted({file for file in names.values() if not (directory / file).is_file()})
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
@@ -145,6 +149,12 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
             f"{directory / INDEX}: names files that are not there ({', '.join(lacking[:3])}{more}); copy them"
         )
     return names
+
+
+def check_safetensors(path: pathlib.Path) -> None:
+    """Reads the header of a safetensors file and holds the file's length against it; UserError for a damaged one."""
+    with _open(path):
+        pass
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,11 +26,14 @@ from jaxtyping import Shaped
 from cv2jax.config import UserError
 from cv2jax.convert.extras import import_official, refuse_pointer
 from cv2jax.convert.rules import ForeignTensor, Index, Shape
+from cv2jax.files import utf8_path
 
 _COUNTERS = ("epoch", "step")  # of a training checkpoint; the official loader trips over them (spec/official.md 1.3)
 _MAPPED_BYTES = 1 << 27  # read since the file was mapped: its pages count as ours until the map goes
 _ALIGNMENT = 64  # of a tensor's bytes in the file, as torch aligns them
 _PADDING = 0x4246  # the kind of extra field that torch fills up with
+_ZIP = b"PK\x03\x04"
+_LOOKED_THROUGH = 1 << 20  # bytes of a file that is perhaps a pickle
 _LOCAL_HEADER, _ZIP64_FIELD, _EXTRA_HEADER = 30, 20, 4  # bytes
 
 
@@ -43,13 +47,14 @@ def load_values(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; copy the whole directory")
     refuse_pointer(path)
+    place = utf8_path(path, "torch")
     with path.open("rb") as file:
-        starts_as_zip = file.read(4) == b"PK\x03\x04"
+        starts_as_zip = file.read(len(_ZIP)) == _ZIP
     if not zipfile.is_zipfile(path):
         known = "is cut short" if starts_as_zip else "is no file of torch.save (1.6 or newer)"
         raise UserError(f"{path}: {known}; copy it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(place, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global:?|function) ([\w.]+\.\w+)", str(error))
         what = f"names code ({named[1]})" if named else "holds more than tensors"
@@ -57,8 +62,31 @@ def load_values(path: pathlib.Path) -> Any:
             f"{path}: {what}, and was refused; nothing of it was run; give a file of plain tensors"
         ) from None
     except Exception as error:  # whatever a damaged file makes torch raise
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path}: is a TorchScript archive, which is code, and was refused; nothing of it was run; give a file of plain"
+                " tensors"
+            ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: cannot be read ({reason}); copy it again") from None
+
+
+def may_be_pickled(path: pathlib.Path) -> bool:
+    """Whether a file that need not be torch's starts as `torch.save` starts one, or is a pickle of any kind that names code."""
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_THROUGH)
+    if not start or start.startswith((_ZIP, pickle.PROTO)):  # an empty one may have been anything
+        return True
+    try:
+        return any(_names_code(code.name, said) for code, said, _ in pickletools.genops(start))
+    except ValueError:  # of what is no pickle
+        return False
+
+
+def _names_code(code: str, said: Any) -> bool:
+    if code in ("GLOBAL", "INST"):
+        return re.fullmatch(r"[\w.]+ [\w.]+", said) is not None
+    return code == "STACK_GLOBAL"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from cv2jax.audio.tar import read_tar_member, split_tar_source
 from cv2jax.config import UserError
 from cv2jax.data.embeddings import SUFFIX as EMBEDDINGS
 from cv2jax.data.embeddings import EmbeddingFile
+from cv2jax.files import printable
 from cv2jax.shapes import Float, Float32
 from cv2jax.synthesis.bundle_files import is_bundle
 from cv2jax.synthesis.clip import MAX_SECONDS, Finding, check_clip, check_transcript, measure_clip
@@ -68,7 +69,7 @@ def enroll(
     """
     out = check_voice_path(out)
     _check_options(model, audio, options)
-    name = options.name or out.stem
+    name = printable(options.name or out.stem)
     if audio is None:
         voice = _make_speaker(model, name, options)
         save_voice(out, voice)

@@ -106,9 +106,12 @@ class _Model:
     hift: HiftVocoderConfig  # with log-mel counted from 0
     tokenizer: TextTokenizer
     hashes: dict[str, str]  # of the two encoders; "": not known
+    lora: str  # side file that is merged into the language model
 
     def is_unchanged(self, stage: str) -> bool:
-        """Whether a stage is as it was imported."""
+        """Whether a stage goes out as it was imported."""
+        if stage == "text_speech_lm" and self.lora:  # the run is the import's, what is made of it is not
+            return False
         return self.kept.is_unchanged(stage, self.runs.get(stage))
 
 
@@ -131,7 +134,7 @@ def export_official(
     with staged_directory(out) as place:
         _write_yaml(found, place)
         # The largest first: what stays of the others in memory would come on top.
-        count = _write_lm(found, place, mesh, options.lora)
+        count = _write_lm(found, place, mesh)
         count += _write_flow(found, place, mesh) + _write_vocoder(found, place, mesh, options.hift_names)
         _write_encoders(found, place)
         voices = _write_voices(found, place)
@@ -171,6 +174,7 @@ def _look(model: str | os.PathLike[str] | None, options: OfficialOptions) -> _Mo
         hift=dataclasses.replace(hift, mel_origin=0.0),
         tokenizer=find_text_tokenizer(described, run),
         hashes={stage: "" if stage in runs else kept.fingerprints[stage] for stage in _ENCODERS},
+        lora=options.lora,
     )
     _require_fit(found)
     return found
@@ -256,10 +260,10 @@ def _write_flow(found: _Model, place: pathlib.Path, mesh: Mesh) -> int:
     return _count(params)
 
 
-def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh, lora: str) -> int:
+def _write_lm(found: _Model, place: pathlib.Path, mesh: Mesh) -> int:
     """llm.pt and the Qwen2 directory, of which upstream reads sizes and tokenizer."""
     run = found.runs["text_speech_lm"]
-    params, _ = load_params(run, functools.partial(init_params, found.lm), mesh, ema=True, lora_file=lora)
+    params, _ = load_params(run, functools.partial(init_params, found.lm), mesh, ema=True, lora_file=found.lora)
     write_llm(place / LLM_FILE, params)
     kept = found.kept.find(BACKBONE)
     if kept is not None and _still_fits(kept, found):

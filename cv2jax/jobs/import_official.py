@@ -30,7 +30,7 @@ from cv2jax.convert.speech_tokenizer import speech_tokenizer_rules
 from cv2jax.convert.staging import staged_directory
 from cv2jax.convert.torch_file import TorchReader
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
-from cv2jax.jobs.official_checks import check_backbone_files, check_estimator
+from cv2jax.jobs.official_checks import check_backbone_files, check_carried, check_estimator
 from cv2jax.jobs.official_files import (
     BACKBONE,
     ESTIMATOR,
@@ -146,6 +146,7 @@ def _look(directory: pathlib.Path) -> _Official:
         logging.warning("%s: has no weights; an export will write some, as upstream wants to see them", backbone)
     if ESTIMATOR in files:
         check_estimator(directory / ESTIMATOR)
+    check_carried(directory, [name for name in files if name not in (*FILE_OF.values(), ESTIMATOR, SPEAKERS)])
     if SPEAKERS in files:  # soon, not when gigabytes are read
         read_voices(directory / SPEAKERS, tokenizer, flow, {"speech_tokenizer": "", "speaker_encoder": ""})
     prints = {stage: fingerprint(directory / file) for stage, file in FILE_OF.items()}

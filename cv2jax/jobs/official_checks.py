@@ -1,18 +1,22 @@
 """Looks into the files of an official model directory that no run is made of, and that go out again as they are."""
 
 import pathlib
+import zipfile
+from collections.abc import Sequence
 
 from absl import logging
 
 from cv2jax.config import UserError
+from cv2jax.convert.extras import refuse_pointer
 from cv2jax.convert.official_sizes import streaming_chunk
-from cv2jax.convert.onnx_file import OnnxFile
-from cv2jax.convert.qwen import INDEX, WEIGHTS, SafetensorsReader, check_backbone, read_json
-from cv2jax.convert.torch_file import TorchReader
+from cv2jax.convert.onnx_file import OnnxFile, UnknownGraph
+from cv2jax.convert.qwen import INDEX, WEIGHTS, SafetensorsReader, check_backbone, check_safetensors, read_json
+from cv2jax.convert.torch_file import TorchReader, load_values, may_be_pickled
 from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.text_speech_lm.qwen2 import Qwen2Config
 
 _TORCH_WEIGHTS = "pytorch_model.bin"
+_TORCH = (".pt", ".pth", ".ckpt")
 _GENERATION = "generation_config.json"
 # spec/official.md 1.4
 _ESTIMATOR_INPUTS = {"x", "mask", "mu", "t", "spks", "cond"}
@@ -40,11 +44,44 @@ def check_backbone_files(directory: pathlib.Path, config: Qwen2Config) -> bool:
 
 def check_estimator(path: pathlib.Path) -> None:
     """Reads the structure of a `flow.decoder.estimator.fp32.onnx`; UserError for a damaged one, a warning for another graph."""
-    file = OnnxFile(path)
+    try:
+        file = OnnxFile(path)
+    except UnknownGraph as error:
+        logging.warning("%s; it is carried through", error)
+        return
     inputs = {value.name for value in file.model.graph.input}
     if not inputs >= _ESTIMATOR_INPUTS:
         said = ", ".join(sorted(_ESTIMATOR_INPUTS - inputs))
         logging.warning("%s: is not the flow's velocity network (has no input %s); it is carried through", path, said)
+
+
+def check_carried(directory: pathlib.Path, names: Sequence[str]) -> None:
+    """Looks into files of a directory that only go through, by their endings: no weights come to memory, nothing is run.
+
+    Raises UserError for one that is cut short or damaged as far as its kind tells, for a pickle with code, and for git's
+    pointer to a file. A `.zip` is what upstream's TorchScript comes in, code by its nature: whole is all that it must be.
+    """
+    for name in names:
+        try:
+            _check_kind(directory / name)
+        except UnknownGraph:
+            continue
+        except UserError as error:
+            raise UserError(f"{error}, or leave the file out: no stage is made of it") from None
+
+
+def _check_kind(path: pathlib.Path) -> None:
+    refuse_pointer(path)
+    ending = path.suffix.lower()
+    if ending == ".onnx":
+        OnnxFile(path)
+    elif ending == ".safetensors":
+        check_safetensors(path)
+    # Others than torch call their files .bin too: tensors of an ONNX graph may lie in one.
+    elif ending in _TORCH or (ending == ".bin" and may_be_pickled(path)):
+        load_values(path)
+    elif ending == ".zip" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is cut short; copy it again")
 
 
 def still_sound(path: pathlib.Path) -> bool:

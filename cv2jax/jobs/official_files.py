@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cv2jax.config import UserError
 from cv2jax.convert.official import FLOW_FILE, HIFT_FILE, LLM_FILE
+from cv2jax.files import printable
 from cv2jax.train.run import load_run
 
 YAML, BACKBONE, SPEAKERS = "cosyvoice2.yaml", "CosyVoice-BlankEN", "spk2info.pt"
@@ -113,7 +114,7 @@ def keep_files(directory: pathlib.Path, names: Sequence[str], model: pathlib.Pat
         target = model / KEPT / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / name, target)
-    about = {"version": 1, "source": str(directory.resolve()), "fingerprints": dict(prints)}
+    about = {"version": 1, "source": printable(directory.resolve()), "fingerprints": dict(prints)}
     (model / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from cv2jax.audio.fbank import FBANK_RATE_HZ
 from cv2jax.audio.mel import FLOW_MEL, MEL_RATE_HZ, WHISPER_RATE_HZ, mel_spectrogram
 from cv2jax.config import UserError, to_dict
 from cv2jax.convert.staging import staged_directory
+from cv2jax.files import utf8_path
 from cv2jax.models.hift_vocoder.model import hold_back
 from cv2jax.models.speaker_encoder.batching import WaveformEmbedder
 from cv2jax.models.speaker_encoder.model import MIN_SAMPLES
@@ -136,6 +137,7 @@ def _copy_voices(parts: Parts, more: Sequence[str | os.PathLike[str]], place: pa
             raise UserError(f"--voice {path}: there is a voice '{path.stem}' already; give it another file name")
         found[path.stem] = path
     for name, path in found.items():
+        utf8_path(path.name, "a bundle")
         hashes = {key: facts.get(key, "") for key in ("speech_tokenizer", "speaker_encoder")}
         require_voice(load_voice(path), mel=facts["mel_definition"], **hashes)
         shutil.copyfile(path, place / files.VOICES / f"{name}.safetensors")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cv2jax.config import UserError
+from cv2jax.files import utf8_path
 from cv2jax.text.tags import END_OF_TEXT, SPECIAL_TOKENS
 
 # Qwen2's (transformers/models/qwen2/tokenization_qwen2.py). No look-behind: matching may start afresh at any match's end.
@@ -109,9 +110,9 @@ class TextTokenizer:
 
         Each file appears whole, and the one that `load_text_tokenizer` goes by last. Beside a config.json of a "qwen2"
         model, AutoTokenizer of transformers 5 forgets `single_chinese`: use its `PreTrainedTokenizerFast` there.
-        Version 4 (upstream's) does not.
+        Version 4 (upstream's) does not. Raises UserError for a path that is no UTF-8.
         """
-        target = Path(directory)
+        target = Path(utf8_path(directory, "tokenizers"))
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as temporary:
             self._backend.model.save(temporary)  # vocab.json and merges.txt

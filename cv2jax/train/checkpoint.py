@@ -11,6 +11,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
+from cv2jax.files import utf8_path
 from cv2jax.train.disk import full_disk_reported
 
 _CHUNK_BYTES = 1 << 26  # of a file of an array, where memory is short
@@ -25,7 +26,7 @@ class Checkpoints:
             raise UserError(f"{directory}: is a file where the checkpoints go; move it away")
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
-            str(directory.resolve()),
+            utf8_path(directory.resolve(), "Orbax"),
             # cast: Orbax 0.12 annotates these two with protocols that its own policies miss by an argument's type.
             save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
             preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
@@ -83,7 +84,7 @@ def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:
     with (
         full_disk_reported(directory),
         _nothing_to_merge(),
-        ocp.training.Checkpointer(str(directory.resolve()), context=context) as checkpointer,
+        ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax"), context=context) as checkpointer,
     ):
         checkpointer.save_checkpointables(step, {_NAME: state})
 
@@ -107,7 +108,7 @@ def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(str(directory.resolve()), context=context) as checkpointer:
+    with ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax"), context=context) as checkpointer:
         if checkpointer.latest is None:
             raise UserError(f"no checkpoint in {directory}; train first, or give the directory of a run")
         return _load(checkpointer, directory, abstract, step, partial=True)

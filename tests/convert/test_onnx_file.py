@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.convert.onnx_file import OnnxFile, write_onnx
+from cv2jax.convert.onnx_file import OnnxFile, UnknownGraph, write_onnx
 from cv2jax.convert.rules import ForeignTensor
 
 pytestmark = pytest.mark.official
@@ -154,6 +154,59 @@ def test_external_data_must_lie_beside_the_file_and_be_whole(onnx, tmp_path):
         (place / "bad.onnx").write_bytes(loaded.SerializeToString())
         with pytest.raises(UserError, match="outside its directory"):
             OnnxFile(place / "bad.onnx")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"offset": "abc"}, "lies at offset abc, length 24"),
+        ({"length": "x"}, "lies at offset 0, length x"),
+        ({"offset": "-8"}, "lies at offset -8, length 24"),
+        ({"length": "-24"}, "lies at offset 0, length -24"),
+        ({"length": "20"}, "has 20 bytes of 24"),
+        ({"location": b"\xff"}, "a name is no text"),
+    ],
+)
+def test_external_data_at_no_place(onnx, tmp_path, entries, said):
+    tensor = onnx.TensorProto(name="w", dims=[2, 3], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in ({"location": "data"} | entries).items():
+        tensor.external_data.add(key=key, value=value if isinstance(value, str) else "?")
+    data = model(onnx, [tensor]).SerializeToString()
+    if isinstance(entries.get("location"), bytes):
+        data = data.replace(b"?", entries["location"])
+    (tmp_path / "m.onnx").write_bytes(data)
+    (tmp_path / "data").write_bytes(bytes(24))
+    with pytest.raises(
+        UserError, match=rf"m\.onnx: is damaged \({'' if said.startswith('a name') else 'tensor w '}{said}\)"
+    ):
+        OnnxFile(tmp_path / "m.onnx")
+
+
+def test_a_tensor_of_less_than_nothing(onnx, tmp_path):
+    tensor = onnx.TensorProto(name="w", dims=[-2, -3], data_type=1, raw_data=bytes(24))
+    (tmp_path / "m.onnx").write_bytes(model(onnx, [tensor]).SerializeToString())
+    with pytest.raises(UserError, match=r"is damaged \(tensor w has the shape \[-2, -3\]\)"):
+        OnnxFile(tmp_path / "m.onnx")
+
+
+def test_typed_values_of_another_count_than_the_shape(onnx, tmp_path):
+    tensor = onnx.TensorProto(name="w", dims=[2, 2], data_type=1, float_data=[1, 2, 3])
+    (tmp_path / "m.onnx").write_bytes(model(onnx, [tensor]).SerializeToString())
+    with pytest.raises(UserError, match=r"m\.onnx: is damaged \(tensor w: cannot reshape"):
+        OnnxFile(tmp_path / "m.onnx").tensors["w"].read((slice(None),) * 2)
+
+
+def test_a_type_that_is_not_read_is_unknown_and_the_rest_is_still_looked_at(onnx, tmp_path):
+    packed = onnx.TensorProto(name="p", dims=[3], data_type=onnx.TensorProto.INT4, raw_data=bytes(2))
+    new = onnx.TensorProto(name="n", dims=[3], data_type=99, raw_data=bytes(2))
+    for tensor, said in ((packed, "tensor p is of int4"), (new, "tensor n is of the unknown type 99")):
+        data = model(onnx, [tensor]).SerializeToString()
+        (tmp_path / "m.onnx").write_bytes(data)
+        with pytest.raises(UnknownGraph, match=said):
+            OnnxFile(tmp_path / "m.onnx")
+        (tmp_path / "m.onnx").write_bytes(data[:-1])
+        with pytest.raises(UserError, match="is damaged"):
+            OnnxFile(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

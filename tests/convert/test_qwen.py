@@ -245,14 +245,24 @@ def test_an_index_that_does_not_fit(tmp_path):
     place = tmp_path / "copy"
     shutil.copytree(UNTIED, place)
     index = place / "model.safetensors.index.json"
-    values = json.loads(index.read_text())
+    whole = index.read_text()
+    values = json.loads(whole)
     values["weight_map"]["model.more"] = "model-00001-of-00003.safetensors"
     index.write_text(json.dumps(values))
     values["weight_map"] |= {f"model.layers.{i}.more": "model-00001-of-00003.safetensors" for i in range(7)}
     index.write_text(json.dumps(values))
     assert "its shards (only on one side: model.layers.{0-6}.more, model.more); copy" in error(load_backbone, place)
-    (place / "model-00002-of-00003.safetensors").unlink()
+    gone = place / "model-00002-of-00003.safetensors"
+    gone.unlink()
     assert "not there (model-00002-of-00003.safetensors)" in error(load_backbone, place)
+    outside = shutil.copyfile(UNTIED / gone.name, tmp_path / "outside")
+    for name in ("../outside", str(outside), "deep/../../outside"):
+        changed = {key: file.replace(gone.name, name) for key, file in json.loads(whole)["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": changed}))
+        assert f"{index}: names {name!r}, which is no file beside it; copy it again" in error(load_backbone, place)
+    gone.symlink_to(outside)  # as in the hub's caches
+    index.write_text(whole)
+    load_backbone(place)
     index.write_text('{"weight_map": {}}')
     assert "no weight_map" in error(load_backbone, place)
 

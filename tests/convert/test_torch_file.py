@@ -187,6 +187,16 @@ def test_files_that_are_none_are_one_line(tmp_path):
         TorchReader(tmp_path / "gone.pt")
 
 
+def test_a_path_that_is_no_utf8_is_no_damage(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.pt")
+    try:
+        path.write_bytes(b"")
+    except OSError:
+        pytest.skip("a file system of UTF-8 names alone")
+    with pytest.raises(UserError, match="torch takes no path with bytes that are not UTF-8; rename it"):
+        load_values(path)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

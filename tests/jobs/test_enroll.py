@@ -5,8 +5,12 @@ import functools
 import hashlib
 import io
 import logging
+import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -149,6 +153,23 @@ def test_the_embedding_is_the_mean_of_several_recordings(model, encoder, tmp_pat
     bad = write(tmp_path / "bad.wav", np.zeros(16000))
     with pytest.raises(UserError, match=r"bad\.wav: nearly silent"):
         enroll(model, names[0], out, EnrollOptions(embedding_from=(bad,)))
+
+
+def test_a_place_of_any_name_is_printed_and_names_the_voice(tmp_path):
+    save_embeddings(tmp_path / "e.npz", ["u:0"], ["ann"], np.ones((1, 8), np.float32), {"encoder": "f" * 64})
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/an\xff.safetensors")
+    try:
+        pathlib.Path(out).touch()
+    except OSError:
+        pytest.skip("a file system of UTF-8 names alone")
+    words = ["enroll", f"--speaker_embedding={tmp_path / 'e.npz'}:ann", "--out", out]
+    command = [sys.executable, "-m", "cv2jax.cli.main", *words]
+    done = subprocess.run(
+        command, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(os.fsencode(tmp_path) + rb"/an\udcff.safetensors: 'an\xff', an embedding of 8;")
+    assert load_voice(out).name == r"an\xff"
 
 
 def test_a_speaker_without_a_recording(model, encoder, tmp_path, capfd, loaded_once):

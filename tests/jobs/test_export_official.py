@@ -1,19 +1,22 @@
 """`cv2jax export --to official`: the golden comes back bit for bit, what was trained goes out exactly, nothing stale does."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
 import shutil
+import zipfile
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from cv2jax.cli.main import run as run_cli
-from cv2jax.config import MeshConfig, TrainConfig, to_dict
+from cv2jax.config import LoraConfig, MeshConfig, TrainConfig, to_dict
 from cv2jax.convert.official_yaml import YamlSizes, read_yaml
 from cv2jax.convert.rules import foreign_tensors
 from cv2jax.convert.weight_norm import NEW, OLD, fold
@@ -22,11 +25,14 @@ from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow
 from cv2jax.models.hift_vocoder.config import MEL_UNIT, HiftTrainingConfig
 from cv2jax.models.hift_vocoder.model import init_params as init_hift
+from cv2jax.models.text_speech_lm.model import init_params as init_lm
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.synthesis.voice import Voice, load_voice, save_voice
 from cv2jax.tasks.encoders import load_speaker_encoder, load_tokenizer
-from cv2jax.tasks.trained import load_flow, load_params
+from cv2jax.tasks.trained import load_flow, load_params, text_speech_lm_config
 from cv2jax.text.tokenizer import load_text_tokenizer
+from cv2jax.train.lora import LORA, add_lora, save_lora
+from cv2jax.train.run import load_run
 from tests.jobs.test_import_official import FLOW, HIFT, small_lm
 from tests.models.golden_hift import GOLDENS
 from tests.official_directory import random_tree, same_tensors, write_directory
@@ -75,7 +81,8 @@ def golden(tmp_path_factory):
     torch.save(old, official / "hift.pt")
     (official / "vllm").mkdir()
     (official / "vllm" / "model.bin").write_text("of the language model")
-    (official / "flow.encoder.fp16.zip").write_text("of the flow")
+    with zipfile.ZipFile(official / "flow.encoder.fp16.zip", "w") as archive:
+        archive.writestr("code", "of the flow")
     shutil.copyfile(official / "campplus.onnx", official / "flow.decoder.estimator.fp32.onnx")  # of the flow too
     (official / "README.md").write_text("whatever")
     import_directory(official, root / "model")
@@ -160,6 +167,24 @@ def test_what_was_made_of_other_weights_is_left_out(golden, tmp_path, caplog):
     assert "embedding" in speakers["b/女"]
     names = {name.replace(NEW[0], OLD[0]).replace(NEW[1], OLD[1]) for name in load(GOLDEN / "hift.pt")}
     assert set(load(tmp_path / "out" / "hift.pt")) == names
+
+
+def test_low_rank_factors_make_other_weights_too(golden, tmp_path, caplog):
+    """The run is the import's own, and yet what was made of its weights is stale: of the language model, of nothing else."""
+    run = golden / "model" / "text_speech_lm"
+    config, mesh = text_speech_lm_config(load_run(run), run), make_mesh(MeshConfig(), jax.devices()[:1])
+    params, _ = load_params(run, functools.partial(init_lm, config), mesh)
+    lora = LoraConfig(rank=1, targets=("key",), also_trained=("head_bias",))
+    key = jax.random.key(0)
+    factors = nn.unbox(add_lora(init_lm(config, key), lora, key))[LORA]
+    tuned = params | {"head_bias": params["head_bias"] + 1, LORA: factors}
+    save_lora(tmp_path / "tuned.safetensors", tuned, lora)
+    words = ("--to=official", f"--out={tmp_path / 'out'}", f"--lora={tmp_path / 'tuned.safetensors'}")
+    assert export(golden / "model", *words) == 0
+    assert files_in(golden / "official") - files_in(tmp_path / "out") == {"vllm/model.bin"}
+    assert "left out, since they were made of other weights: vllm/model.bin" in caplog.text
+    before, after = load(GOLDEN / "llm.pt"), load(tmp_path / "out" / "llm.pt")
+    assert torch.equal(after["llm_decoder.bias"], before["llm_decoder.bias"] + 1)
 
 
 def test_what_the_official_code_does_otherwise_is_told(caplog):
@@ -285,13 +310,10 @@ def test_transformers_takes_the_backbone_and_llm_pt(exported):
 
 def test_a_language_model_goes_out_averaged_and_merged(trained, exported):
     from cv2jax.convert.official import llm_rules
-    from cv2jax.models.text_speech_lm.model import init_params
-    from cv2jax.tasks.trained import text_speech_lm_config
-    from cv2jax.train.run import load_run
 
     run = trained[0] / "model" / "text_speech_lm"
     config = text_speech_lm_config(load_run(run), run)
-    init = lambda key: init_params(config, key)  # noqa: E731
+    init = functools.partial(init_lm, config)
     params, _ = load_params(run, init, make_mesh(MeshConfig(), jax.devices()[:1]), ema=True)
     theirs = load(exported / "llm.pt")
     wanted = foreign_tensors(llm_rules(), params, "ours")

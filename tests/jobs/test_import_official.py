@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -143,6 +145,29 @@ def add_code(directory, file):
     torch.save(dict(content) | {"evil": Evil(f"touch {directory.parent / 'ran'}")}, directory / file)
 
 
+def add_file(directory, name, change):
+    """A sound file of torch's or ONNX beside the model, changed."""
+    torch = pytest.importorskip("torch")
+    if name.endswith("onnx"):
+        shutil.copyfile(directory / "campplus.onnx", directory / name)
+    elif name.endswith("safetensors"):
+        shutil.copyfile(backbone_file(directory, "model.safetensors"), directory / name)
+    else:
+        torch.save({"w": torch.ones(300)}, directory / name)
+    change(directory / name)
+
+
+def add_pickle(directory, name, protocol):
+    (directory / name).write_bytes(pickle.dumps(Evil(f"touch {directory.parent / 'ran'}"), protocol))
+
+
+def add_script(directory, name):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(3)}, directory / name)
+    with zipfile.ZipFile(directory / name, "a") as archive:
+        archive.writestr(f"{pathlib.Path(name).stem}/constants.pkl", pickle.dumps(()))
+
+
 def change_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -180,6 +205,18 @@ BAD = [
      r"spk2info\.pt: speaker 'a': has an embedding of 9, and cosyvoice2\.yaml says flow\.spk_embed_dim 24"),
     (lambda d: change_tensor(d, "spk2info.pt", lambda t, torch: t.update({"a": {}})), "speaker 'a': has no embedding"),
     (lambda d: add_code(d, "llm.pt"), r"llm\.pt: names code \((posix|os)\.system\), and was refused; nothing of it was run"),
+    (lambda d: add_file(d, "speech_tokenizer_v2.batch.onnx", cut), r"v2\.batch\.onnx: is damaged .*, or leave the file out"),
+    (lambda d: add_file(d, "flow.cache.pt", cut), r"flow\.cache\.pt: is cut short; copy it again, or leave the file out"),
+    (lambda d: add_file(d, "CosyVoice-BlankEN/pytorch_model.bin", cut), r"BlankEN/pytorch_model\.bin: is cut short"),
+    (lambda d: add_file(d, "vllm.safetensors", cut), r"vllm\.safetensors: is damaged or unreadable"),
+    (lambda d: add_file(d, "flow.encoder.fp16.zip", cut), r"flow\.encoder\.fp16\.zip: is cut short"),
+    (lambda d: add_file(d, "llm.rl.pt", lambda path: add_code(d, path.name)),
+     r"llm\.rl\.pt: names code \((posix|os)\.system\), and was"),
+    (lambda d: add_script(d, "other.pt"), r"other\.pt: is a TorchScript archive, which is code, and was refused"),
+    (lambda d: add_pickle(d, "training_args.bin", 4), r"training_args\.bin: is no file of torch\.save"),
+    (lambda d: add_pickle(d, "old.bin", 0), r"old\.bin: is no file of torch\.save"),
+    (lambda d: overwrite(d / "rank0.engine", b"version https://git-lfs.github.com/spec/v1\n"),
+     r"rank0\.engine: is only git's pointer"),
     (lambda d: add_code(d, "spk2info.pt"), r"spk2info\.pt: names code \((posix|os)\.system\), and was refused"),
 ]  # fmt: skip
 

@@ -1,16 +1,19 @@
 """What counts as a file of an official directory, and what is looked into of those that no run is made of."""
 
 import dataclasses
+import json
+import os
 import pathlib
 import shutil
+import zipfile
 
 import pytest
 from safetensors.numpy import load_file
 
 from cv2jax.config import UserError
 from cv2jax.convert.qwen import read_backbone_config
-from cv2jax.jobs.official_checks import check_backbone_files, check_estimator, still_sound
-from cv2jax.jobs.official_files import list_files
+from cv2jax.jobs.official_checks import check_backbone_files, check_carried, check_estimator, still_sound
+from cv2jax.jobs.official_files import keep_files, list_files, load_kept
 from tests.models.golden_hift import GOLDENS
 
 GOLDEN = pathlib.Path(GOLDENS) / "official_model_tiny"
@@ -31,6 +34,18 @@ def test_links_are_followed_circles_are_not_and_hidden_files_are_none(tmp_path):
     (official / "gone").symlink_to(tmp_path / "nowhere")
     (elsewhere / "deep" / "up").symlink_to(official)
     assert list_files(official) == ["a", "file", "one/deep/b", "two/deep/b"]
+
+
+def test_a_directory_of_any_name_is_noted(tmp_path):
+    official = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/of\xff"))
+    try:
+        official.mkdir()
+    except OSError:
+        pytest.skip("a file system of UTF-8 names alone")
+    (official / "a").write_text("a")
+    keep_files(official, ["a"], tmp_path / "model", {"text_speech_lm": "1"})
+    assert json.loads((tmp_path / "model" / "official.json").read_text())["source"] == f"{tmp_path}/of\\xff"
+    assert load_kept(tmp_path / "model").names == ["a"]
 
 
 def test_the_weights_of_the_backbone_are_held_against_its_config(tmp_path):
@@ -60,6 +75,24 @@ def test_weights_of_torch_are_weights_too(tmp_path):
     torch.save(tensors, place / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"1 missing: model\.norm\.weight"):
         check_backbone_files(place, read_backbone_config(place))
+
+
+@pytest.mark.official
+def test_what_only_goes_through_is_let_through_where_it_is_sound(tmp_path):
+    torch, onnx = pytest.importorskip("torch"), pytest.importorskip("onnx")
+    torch.save({"w": torch.ones(3), "optimizer": [{"step": 3, "betas": (0.9, 0.99)}]}, tmp_path / "llm.rl.pt")
+    torch.save({"w": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    with zipfile.ZipFile(tmp_path / "flow.encoder.fp16.zip", "w") as archive:
+        archive.writestr("code/x.py", "")
+    (tmp_path / "text.bin").write_text("config\nof a program\n")
+    (tmp_path / "zeros.bin").write_bytes(bytes(99))
+    loaded = onnx.load(GOLDEN / "campplus.onnx")
+    loaded.graph.initializer.append(
+        onnx.TensorProto(name="p", dims=[3], data_type=onnx.TensorProto.INT4, raw_data=b"ab")
+    )
+    onnx.save(loaded, tmp_path / "flow.decoder.estimator.int4.onnx")
+    shutil.copyfile(GOLDEN / "CosyVoice-BlankEN" / "model.safetensors", tmp_path / "a.safetensors")
+    check_carried(tmp_path, list_files(tmp_path))
 
 
 @pytest.mark.official

@@ -1,6 +1,7 @@
 """What of a bundle can be told without a program: sizes, types of parameters, states, refusals."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,10 @@ def test_voices_of_another_model_or_of_one_name_are_refused(tmp_path, parts):
     twice = [tmp_path / "eve.safetensors"] * 2
     with pytest.raises(UserError, match="there is a voice 'eve' already"):
         writer.write_bundle(parts, tmp_path / "new", sizes=small_bundle.SIZES, voices=twice)
+    with pytest.raises(UserError, match="a bundle takes no path with bytes that are not UTF-8; rename it"):
+        writer.write_bundle(
+            parts, tmp_path / "new", sizes=small_bundle.SIZES, voices=[os.fsdecode(b"ev\xff.safetensors")]
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["eve.safetensors"]
 
 

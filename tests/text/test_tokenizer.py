@@ -214,6 +214,12 @@ def test_save_and_load_keep_everything(tokenizer, tmp_path):
         assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
+def test_a_path_that_is_no_utf8_is_one_line(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="tokenizers takes no path with bytes that are not UTF-8; rename it"):
+        tokenizer.save(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert not os.listdir(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_tokenizer(tmp_path, monkeypatch):
     old = train_text_tokenizer(TEXTS, 300)
     old.save(tmp_path)

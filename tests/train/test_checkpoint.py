@@ -1,6 +1,7 @@
 """Checkpoints on disk: damage is told from another model, with the mend, and Orbax deprecates nothing that is used."""
 
 import gc
+import os
 import shutil
 import time
 
@@ -71,6 +72,14 @@ def test_a_damaged_checkpoint_names_its_folder_and_the_one_before_serves(copy, l
     assert "\n" not in str(got.value)
     shutil.rmtree(copy / "8")
     np.testing.assert_array_equal(load(copy)["params"]["kernel"], make_state()["params"]["kernel"])
+
+
+def test_a_path_that_is_no_utf8_is_no_damage(tmp_path):
+    place = tmp_path / os.fsdecode(b"\xff")
+    for use in (load_all, load_part, lambda directory: save_frugally(directory, 0, {})):
+        with pytest.raises(UserError, match="Orbax takes no path with bytes that are not UTF-8; rename it"):
+            use(place)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("load", [load_all, load_part])

@@ -5,7 +5,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import soundfile
@@ -190,8 +190,8 @@ def _source_name(source: AudioSource) -> str:
     return str(getattr(source, "name", f"<{type(source).__name__}>"))
 
 
-def _open_source(source: AudioSource, name: str) -> str | io.BytesIO:
-    """Return what libsndfile can open: a path, or the bytes as a stream."""
+def _open_source(source: AudioSource, name: str) -> Any:
+    """Return what libsndfile can open: a path as bytes, or the content as a stream."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
@@ -205,7 +205,7 @@ def _open_source(source: AudioSource, name: str) -> str | io.BytesIO:
         raise UserError(f"{name}: not a file; give the path of one audio file")
     if not os.access(name, os.R_OK):
         raise UserError(f"{name}: no permission to read it; change its mode")
-    return name
+    return os.fsencode(name)  # soundfile takes only UTF-8 as text
 
 
 class _ForwardFile(soundfile.SoundFile):

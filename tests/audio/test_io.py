@@ -35,6 +35,15 @@ def make_clip(samples: np.ndarray) -> AudioClip:
     return read_audio(encode(samples, subtype="FLOAT"))
 
 
+def test_a_file_of_any_name(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xff.wav")
+    try:
+        path.write_bytes(encode(tone()))
+    except OSError:
+        pytest.skip("a file system of UTF-8 names alone")
+    assert len(read_audio(path).waveform) == len(tone())
+
+
 @pytest.mark.parametrize(
     ("container", "tolerance"), [("WAV", 1e-4), ("FLAC", 1e-4), ("AIFF", 1e-4), ("OGG", 0.05), ("MP3", 0.1)]
 )

@@ -65,7 +65,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_its_statistics(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_to_tell_voices_apart_and_reports_it(corpus, tmp_path, caplog):
-    sets = ("num_steps=60", "evaluate_every=30", "save_every=60", "optimizer.learning_rate=0.01", "model.margin=0.0")
+    sets = ("num_steps=120", "evaluate_every=20", "save_every=120", "optimizer.learning_rate=0.01", "model.margin=0.0")
     config = config_of(corpus, *sets, "model.noise_share=0.0", "model.head_channels=4", "data.batch_seconds=16")
     task = make_task(config)
     assert "1 speakers have a single utterance to train on: hermit" in caplog.text

@@ -6,6 +6,7 @@ import pytest
 
 from cv2jax.jobs.bench_lm import make_workload
 from cv2jax.models.flow_matching.config import EstimatorConfig, FlowEncoderConfig, FlowMatchingConfig
+from cv2jax.models.text_speech_lm.sequence import SPEECH, TEXT
 
 pytest.importorskip("torch")
 
@@ -27,13 +28,23 @@ def test_each_packet_is_solved_from_the_start(num_prompt: int, num_tokens: int, 
     assert list(bench_synth_torch.solved_lengths(num_prompt, num_tokens)) == lengths
 
 
-def test_the_language_model_draws_every_token(tmp_path: pathlib.Path) -> None:
+def test_the_language_model_draws_every_token(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, decode = [], bench_synth_torch.OfficialLm.decode
+
+    def listed(lm, token, kind, num_tokens):
+        seconds, logits = decode(lm, token, kind, num_tokens)
+        asked.append((kind.tolist(), num_tokens, seconds, logits.shape))
+        return seconds, logits
+
+    monkeypatch.setattr(bench_synth_torch.OfficialLm, "decode", listed)
     config = make_workload("tiny", True).config
-    seconds = [
-        bench_synth_torch.time_language_model(config, tmp_path / str(n), num_text=4, num_prompt=3, num_tokens=n)
-        for n in (2, 40)
-    ]
-    assert 0 < seconds[0] < seconds[1]
+    seconds = bench_synth_torch.time_language_model(config, tmp_path, num_text=4, num_prompt=3, num_tokens=9)
+    kinds = [TEXT] * 4 + [SPEECH] * 3
+    shape = (config.num_outputs,)
+    # A short one first, which is not counted.
+    assert [each[:2] for each in asked] == [(kinds, 2), (kinds, 9)]
+    assert [each[3] for each in asked] == [shape, shape]
+    assert seconds == asked[1][2] > 0
 
 
 def test_the_velocity_network_solves_all_packets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
@@ -15,6 +17,7 @@ from cv2jax.files import utf8_path
 from cv2jax.train.disk import full_disk_reported
 
 _CHUNK_BYTES = 1 << 26  # of a file of an array, where memory is short
+_READ_AT_ONCE = 1 << 28  # bytes of arrays: Orbax holds as much again of what it is reading
 _NAME = "state"  # always named: the default name differs between Orbax releases
 
 
@@ -104,6 +107,7 @@ def _nothing_to_merge() -> Iterator[None]:
 def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
     """Only the part of a checkpoint's state that `abstract` (nested dicts) names, for instance {'params': {'encoder': …}}.
 
+    Peak memory is what is loaded, and as much as its largest array beside it. None stands for what is not wanted.
     Raises UserError where there is no checkpoint, or where the newest is of another model or damaged.
     """
     context = ocp.Context()
@@ -122,8 +126,29 @@ def _load(checkpointer: Any, directory: pathlib.Path, abstract: Any, step: int |
         if not saved:  # Orbax logs what it cannot read of it, and says no more
             raise ValueError("its description cannot be read")
     _check_shapes(_shapes(abstract), saved, place, partial=partial)
+    leaves, structure = jax.tree.flatten(abstract)
+    loaded: list[Any] = [None] * len(leaves)
     with _damage_reported(place):
-        return checkpointer.load_checkpointables(step, {_NAME: abstract})[_NAME]
+        for part in _parts(leaves) if partial else [range(len(leaves))]:
+            wanted = structure.unflatten([leaf if i in part else None for i, leaf in enumerate(leaves)])
+            read = checkpointer.load_checkpointables(step, {_NAME: wanted})[_NAME]
+            for i, array in zip(sorted(part), jax.tree.leaves(read), strict=True):
+                loaded[i] = array
+    return structure.unflatten(loaded)
+
+
+def _parts(leaves: Sequence[Any]) -> list[set[int]]:
+    """The places of the arrays in parts of _READ_AT_ONCE bytes or one array, the largest first: while little else is there."""
+    sizes = {i: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for i, leaf in enumerate(leaves)}
+    parts: list[set[int]] = []
+    room = -1
+    for i in sorted(sizes, key=lambda i: -sizes[i]):
+        if sizes[i] > room:
+            parts.append(set())
+            room = _READ_AT_ONCE
+        parts[-1].add(i)
+        room -= sizes[i]
+    return parts or [set()]
 
 
 @contextlib.contextmanager

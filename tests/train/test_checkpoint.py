@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cv2jax.config import UserError
+from cv2jax.train import checkpoint
 from cv2jax.train.checkpoint import Checkpoints, load_subtree, save_frugally
 
 
@@ -119,3 +120,24 @@ def test_what_is_saved_frugally_loads_in_part_and_sharded(tmp_path, caplog):
         load_part(tmp_path / "checkpoints", 65)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step == 0
+
+
+def test_a_part_is_read_in_pieces_that_fit_the_bound(tmp_path, monkeypatch):
+    sizes = {"a": 7, "b": 30, "c": 12, "d": 3, "e": 1}
+    state = {name: jnp.arange(float(size)) + size for name, size in sizes.items()}
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(1, {"params": (state, {"left": jnp.ones(2)})})
+    monkeypatch.setattr(checkpoint, "_READ_AT_ONCE", 4 * 20)
+    seen, load = [], checkpoint.ocp.training.Checkpointer.load_checkpointables
+
+    def watched(self, step, wanted):
+        seen.append([leaf.shape[0] for leaf in jax.tree.leaves(wanted)])
+        return load(self, step, wanted)
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "load_checkpointables", watched)
+    wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in state.items()}
+    loaded = load_subtree(tmp_path / "checkpoints", {"params": (wanted, None)})
+    assert sorted(map(sorted, seen)) == [[1, 3], [7, 12], [30]]
+    assert loaded["params"][1] is None
+    for name, array in state.items():
+        np.testing.assert_array_equal(loaded["params"][0][name], array)

@@ -1,14 +1,16 @@
 """Rehearse a pod on one machine: the same command in several processes, each with fake CPU devices.
 
-    python launch/rehearse_pod.py --processes 2 --devices 4 -- cv2jax train speech_tokenizer_tiny \
+    python launch/rehearse.py --processes 2 --devices 4 -- cv2jax train speech_tokenizer_tiny \
         --corpus prepared/ --workdir runs/rehearsal --set mesh.fsdp=2
 
 Each process gets --coordinator, --num_processes and --process_id, and its output is shown behind its number. When one
-fails the others are stopped. SIGTERM and SIGINT are passed on, so that a preemption can be rehearsed too. The exit code
-is the worst of those processes that ended by themselves: 75 (preempted, start again) gives way to a failure.
+dies or fails it is named, with its host, and the others are stopped; nothing that they started stays. SIGTERM and SIGINT
+are passed on, so that a preemption can be rehearsed too. The exit code is that of the process that failed first, else 75
+(preempted, start again) if one ended with it.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -18,10 +20,12 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_BAD_ARGUMENTS = 2
 ORDERLY_EXITS = (0, 75)  # finished; preempted: saved and to be started again
+EXIT_PEER_LOST = 69  # ended because another did
+CAUSE_SECONDS = 2.0  # for the process that failed first to be seen, where another has already ended because of it
 GIVEN_HERE = ("--coordinator", "--num_processes", "--process_id")
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -29,7 +33,7 @@ SECONDS_BETWEEN_LOOKS = 0.05
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage."""
-        self.exit(EXIT_BAD_ARGUMENTS, f"rehearse_pod: {message}; see --help\n")
+        self.exit(EXIT_BAD_ARGUMENTS, f"rehearse: {message}; see --help\n")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -95,40 +99,64 @@ class Pod:
     def send(self, number: int) -> None:
         """Sends a signal to every process that still runs."""
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            if not _ended(process):
+                os.kill(process.pid, number)  # Popen's own would reap it first
 
     def kill(self) -> None:
         """Ends every process that still runs, with its workers."""
         for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.returncode is None:  # not reaped: its group's number is still its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def wait(self, grace_seconds: float) -> int:
-        """Waits for all of them, stops the rest when one fails, and returns the worst exit code."""
-        codes: dict[int, int] = {}  # of the processes that ended by themselves
-        stopped_at = None
-        while any(process.poll() is None for process in self.processes):
-            if stopped_at is None:
-                codes = self._codes()
-                failed = [index for index, code in codes.items() if code not in ORDERLY_EXITS]
-                if failed:
-                    stopped_at = time.monotonic()
-                    print(f"rehearse_pod: process {failed[0]} failed with {codes[failed[0]]}: stopping the others")
-                    self.send(signal.SIGTERM)
-            elif time.monotonic() - stopped_at > grace_seconds:
-                self.kill()
+        """Waits for all of them, stops the rest when one fails, and returns the exit code for all."""
+        while not self._failed() and not all(map(_ended, self.processes)):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        if stopped_at is None:
-            codes = self._codes()
+        failed = self._failed()
+        cause = time.monotonic() + CAUSE_SECONDS
+        while failed and set(failed.values()) == {EXIT_PEER_LOST} and time.monotonic() < cause:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            failed = self._failed()
+        if failed:
+            first = min(failed, key=lambda index: failed[index] == EXIT_PEER_LOST)
+            how = _told(failed[first])
+            print(f"rehearse: process {first} (host {socket.gethostname()}) {how}: stopping the others", flush=True)
+            self.send(signal.SIGTERM)
+            last = time.monotonic() + grace_seconds
+            while not all(map(_ended, self.processes)) and time.monotonic() < last:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        self.kill()  # with what processes left behind
         for reader in self.readers:
             reader.join(timeout=5)
-        return max(codes.values(), key=lambda code: (code not in ORDERLY_EXITS, code))
+        return failed[first] if failed else max(map(_code, self.processes))
 
-    def _codes(self) -> dict[int, int]:
-        """Exit codes so far; a death by signal counts as 128 + its number, as in a shell."""
-        ended = {i: p.returncode for i, p in enumerate(self.processes) if p.poll() is not None}
-        return {index: code if code >= 0 else 128 - code for index, code in ended.items()}
+    def _failed(self) -> dict[int, int]:
+        """Exit codes of those that have ended other than orderly."""
+        codes = {index: _code(process) for index, process in enumerate(self.processes) if _ended(process)}
+        return {index: code for index, code in codes.items() if code not in ORDERLY_EXITS}
+
+
+def _status(process: subprocess.Popen[str]) -> Any:
+    """How a process ended, or None; it is not reaped by that, so that nothing else gets its number."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+
+
+def _ended(process: subprocess.Popen[str]) -> bool:
+    return process.returncode is not None or _status(process) is not None
+
+
+def _code(process: subprocess.Popen[str]) -> int:
+    """Exit code of an ended process; a death by signal counts as 128 + its number, as in a shell."""
+    if process.returncode is not None:
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    status = _status(process)
+    return status.si_status if status.si_code == os.CLD_EXITED else 128 + status.si_status
+
+
+def _told(code: int) -> str:
+    return f"died of {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"failed with {code}"
 
 
 def _forward(index: int, process: subprocess.Popen[str]) -> None:

@@ -12,6 +12,7 @@ are passed on, so that a preemption can be rehearsed too. The exit code is that 
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, default=2, help="processes (hosts of the pod)")
     parser.add_argument("--devices", type=int, default=4, help="fake devices of each process")
     parser.add_argument("--grace_seconds", type=float, default=30.0, help="from the first failure to SIGKILL")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and start none")
     split = argv.index("--") if "--" in argv else len(argv)
     options, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     for name in ("processes", "devices"):
@@ -66,6 +68,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def commands_of(command: list[str], num_processes: int) -> list[list[str]]:
+    """The command of each process, with its place."""
+    address = f"127.0.0.1:{free_port()}"
+    place = [f"--coordinator={address}", f"--num_processes={num_processes}"]
+    return [[*command, *place, f"--process_id={index}"] for index in range(num_processes)]
+
+
 class Pod:
     """The processes of one rehearsal."""
 
@@ -74,15 +83,13 @@ class Pod:
         self.processes: list[subprocess.Popen[str]] = []
         self.readers: list[threading.Thread] = []
 
-    def start(self, command: list[str], *, num_processes: int, num_devices: int) -> None:
+    def start(self, commands: list[list[str]], settings: dict[str, str]) -> None:
         """Starts the processes; their output goes on to ours, line by line."""
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(num_devices), PYTHONUNBUFFERED="1")
+        environment = {**os.environ, **settings}
         environment.pop("XLA_FLAGS", None)  # may hold a device count of its own
-        address = f"127.0.0.1:{free_port()}"
-        for index in range(num_processes):
-            place = [f"--coordinator={address}", f"--num_processes={num_processes}", f"--process_id={index}"]
+        for index, command in enumerate(commands):
             process = subprocess.Popen(
-                [*command, *place],
+                command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -168,6 +175,12 @@ def _forward(index: int, process: subprocess.Popen[str]) -> None:
 def main(argv: list[str]) -> int:
     """Runs the rehearsal and returns its exit code."""
     options, command = parse(argv)
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices), "PYTHONUNBUFFERED": "1"}
+    commands = commands_of(command, options.processes)
+    if options.dry_run:
+        for each in commands:
+            print(" ".join(f"{name}={value}" for name, value in settings.items()), shlex.join(each))
+        return 0
     pod = Pod()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -176,7 +189,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
     try:
-        pod.start(command, num_processes=options.processes, num_devices=options.devices)
+        pod.start(commands, settings)
         return pod.wait(options.grace_seconds)
     finally:
         pod.kill()

@@ -103,7 +103,7 @@ def _initialize(options: JoinOptions) -> None:
             num_processes=options.num_processes if given else None,
             process_id=options.process_id if given else None,
             initialization_timeout=options.join_seconds,
-            heartbeat_timeout_seconds=options.heartbeat_seconds,
+            heartbeat_timeout_seconds=options.heartbeat_seconds + _JAX_LATER_SECONDS,
             shutdown_timeout_seconds=options.shutdown_seconds + _JAX_LATER_SECONDS,
         )
     except (ValueError, OSError, RuntimeError) as error:

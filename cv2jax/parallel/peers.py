@@ -1,17 +1,19 @@
 """The processes of a run as each other's watch: one that dies or fails ends all of them, with its name, at once.
 
-Process 0 keeps the connection of the roll call to every other. The kernel closes it when a process dies, and says within
-`heartbeat_seconds` that a machine has gone; process 0 tells the others. Nothing waits for JAX's own heartbeats, which know no
-host names and end a process with a page of C++ log.
+Process 0 keeps the connection of the roll call to every other. The kernel closes it when a process dies; one that stops, or
+whose machine goes, is missed within `heartbeat_seconds`. Process 0 tells the others. Nothing waits for JAX's own heartbeats,
+which know no host names and end a process with a page of C++ log.
 """
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import select
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -26,7 +28,8 @@ EXIT_PREEMPTED = 75
 _OWN_WORDS_SECONDS = (
     5.0  # for a process to fail in its own words after another has failed: often all have the same mistake
 )
-_VERDICT_SECONDS = 3.0  # for the news that another process died, which explains why an exchange with it broke
+_EXPLAINED_SECONDS = 2.0  # for the news that another process died, which explains why an exchange with it broke
+_LOOK_SECONDS = 0.5
 _MAX_MESSAGE_BYTES = 1 << 20
 
 
@@ -142,7 +145,8 @@ class Line:
 class Peers:
     """The other processes of a run, watched by a thread; `code` is what this one will end with, for those it leaves behind.
 
-    `lines` are to all others in process 0, and to process 0 elsewhere; `hosts` are the names of all.
+    `lines` are to all others in process 0, and to process 0 elsewhere; `hosts` are the names of all. Process 0 judges why a
+    run ends: a death explains all that fails because of it.
     """
 
     def __init__(
@@ -152,7 +156,10 @@ class Peers:
         self.code = 0
         self._process_id, self._hosts, self._lines, self._options = process_id, hosts, dict(lines), options
         self._left: dict[int, tuple[float, int]] = {}  # process → when it said that it leaves, and its code
-        self._closed = False
+        self._suspicion: tuple[float, _Verdict] | None = (
+            None  # what will have ended the run if nothing explains it until then
+        )
+        self._closed, self._judged = False, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cv2jax peers", daemon=True)
 
     def start(self) -> None:
@@ -162,6 +169,8 @@ class Peers:
         self._wake, self._woken = socket.socketpair()
         for line in self._lines.values():
             line.keep_alive(self._options.heartbeat_seconds)
+        self._heard = dict.fromkeys(self._lines, time.monotonic())
+        _hold_abort()
         self._thread.start()
 
     def leave(self) -> None:
@@ -186,14 +195,20 @@ class Peers:
         """
         if not self._lines:
             return
-        if not isinstance(error, UserError | KeyboardInterrupt):
-            self._thread.join(_VERDICT_SECONDS)  # it ends the process, never itself
-        code = _exit_code(error)
-        message = (str(error).splitlines() or [""])[0][:300]
-        self._tell(failed=message if isinstance(error, UserError) else f"{type(error).__name__}: {message}", code=code)
-        self._closed = True
+        message, code = (str(error).splitlines() or [""])[0][:300], _exit_code(error)
+        if not isinstance(error, UserError):
+            message = f"{type(error).__name__}: {message}"
         atexit.register(self._exit, code)
+        if self._process_id == 0:
+            self._hear_failure(0, message, code)
+        else:
+            self._tell(failed=message, code=code)
+        if code == 1:
+            self._judged.wait(2 * _EXPLAINED_SECONDS)  # a verdict on another ends the process here
         threading.Thread(target=lambda: (time.sleep(15), self._exit(code)), daemon=True).start()  # threads may not end
+
+    def _suspect(self, verdict: "_Verdict", seconds: float) -> None:
+        self._suspicion = self._suspicion or (time.monotonic() + seconds, verdict)
 
     def _name(self, process: int) -> str:
         return f"process {process} (host {self._hosts.get(process, 'unknown')})"
@@ -203,15 +218,28 @@ class Peers:
             line.send(**message)
 
     def _watch(self) -> None:
+        told = looked = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
             for process, line in self._lines.items():
                 selector.register(line, selectors.EVENT_READ, process)
-            while not self._closed:
-                for key, _ in selector.select(timeout=1.0):
-                    if key.data is not None and not self._closed and not self._hear(key.data):
+            while not self._closed and not self._judged.is_set():
+                for key, _ in selector.select(timeout=0.1 if self._suspicion else _LOOK_SECONDS):
+                    if key.data is not None and not self._hear(key.data):
                         selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - told > self._options.heartbeat_seconds / 5:
+                    told = now
+                    self._tell(alive=True)
+                if (
+                    now - looked > self._options.heartbeat_seconds / 2
+                ):  # it is this process that was stopped, or all were
+                    self._heard = dict.fromkeys(self._lines, now)
+                looked = now
+                self._look_for_silent_ones()
                 self._look_for_late_ones()
+                if self._suspicion and time.monotonic() > self._suspicion[0]:
+                    self._judge(self._suspicion[1])
 
     def _hear(self, process: int) -> bool:
         """Whether the line to a process still stands, after what came from it."""
@@ -220,19 +248,36 @@ class Peers:
         except ValueError:
             messages = None
         if messages is None:
-            if process not in self._left:
-                self._judge(f"{self._name(process)} died")
+            if process not in self._left and not self._closed:
+                self._judge(_Verdict(process=process, text=f"{self._name(process)} died", code=EXIT_PEER_LOST))
             return False
+        self._heard[process] = time.monotonic()
         for message in messages:
-            if "verdict" in message:
-                self._judge(**message)
+            if "text" in message:
+                self._judge(_Verdict(**message))
             elif "leaving" in message:
                 self._left[process] = (time.monotonic(), message["leaving"])
             elif "failed" in message:
-                self._left[process] = (float("inf"), message["code"])
-                code = UserError.exit_code if message["code"] == UserError.exit_code else EXIT_PEER_LOST
-                self._judge(f"{self._name(process)} failed: {message['failed']}", code, _OWN_WORDS_SECONDS)
+                self._hear_failure(process, message["failed"], message["code"])
         return True
+
+    def _hear_failure(self, process: int, message: str, code: int) -> None:
+        self._left[process] = (float("inf"), code)
+        mistake = code == UserError.exit_code
+        verdict = _Verdict(
+            process=process,
+            text=f"{self._name(process)} failed: {message}",
+            code=code if mistake else EXIT_PEER_LOST,
+        )
+        self._suspect(verdict, _OWN_WORDS_SECONDS if mistake else _EXPLAINED_SECONDS)
+
+    def _look_for_silent_ones(self) -> None:
+        """Ends the processes when one is there but does nothing: it is stopped, or hangs where nothing else of it can run."""
+        seconds = self._options.heartbeat_seconds
+        for process in self._heard.keys() - self._left.keys():
+            if time.monotonic() - self._heard[process] > seconds:
+                text = f"{self._name(process)} shows no life for {seconds} s (--heartbeat_seconds)"
+                self._judge(_Verdict(process=process, text=text, code=EXIT_PEER_LOST))
 
     def _look_for_late_ones(self) -> None:
         """Ends the processes that go on although one left them long ago: they would wait for it for ever."""
@@ -245,31 +290,53 @@ class Peers:
             text = (
                 f"{self._name(process)} left with exit code {code} {self._options.shutdown_seconds} s before the others"
             )
-            self._judge(text, EXIT_PREEMPTED if code == EXIT_PREEMPTED else EXIT_PEER_LOST)
+            code = EXIT_PREEMPTED if code == EXIT_PREEMPTED else EXIT_PEER_LOST
+            self._judge(_Verdict(process=-1, text=text, code=code))
 
-    def _judge(self, verdict: str, code: int = EXIT_PEER_LOST, wait: float = 0.0) -> None:
-        """Tells the others why the run ends, prints it and ends this process, unless it fails by itself in `wait` seconds."""
+    def _judge(self, verdict: "_Verdict") -> None:
+        """Prints why the run ends and ends this process; the one whose failure it is says it itself."""
         if self._process_id == 0:
-            self._tell(verdict=verdict, code=code, wait=wait)
-        time.sleep(wait)
-        if self._closed:
+            self._tell(**dataclasses.asdict(verdict))
+        if verdict.process == self._process_id:
+            self._judged.set()
             return
-        mend = "" if code == UserError.exit_code else ": start the same command again"
-        line = f"cv2jax: {verdict}; all processes of the run end with it (exit code {code}){mend}\n"
+        mend = "" if verdict.code == UserError.exit_code else ": start the same command again"
+        line = f"cv2jax: {verdict.text}; all processes of the run end with it (exit code {verdict.code}){mend}\n"
+        self._lines.pop(verdict.process, None)  # it will not hang up
         os.write(2, line.encode())  # not print: its lock may be held by the thread that hangs
-        self._exit(code)
+        self._exit(verdict.code)
 
     def _exit(self, code: int) -> None:
         """Ends the process without JAX's farewell; process 0 after the others, whose JAX dies of its going."""
-        if self._process_id == 0:
-            deadline = time.monotonic() + _OWN_WORDS_SECONDS + 2
-            for line in self._lines.values():
-                while _stands(line) and time.monotonic() < deadline:
-                    time.sleep(0.02)
+        deadline = time.monotonic() + _OWN_WORDS_SECONDS + 2
+        for line in self._lines.values() if self._process_id == 0 else ():
+            while _stands(line) and time.monotonic() < deadline:
+                time.sleep(0.02)
         flush = threading.Thread(target=lambda: (sys.stdout.flush(), sys.stderr.flush()), daemon=True)
         flush.start()
         flush.join(1.0)
         os._exit(code)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """Why a run ends: the process whose doing it is (-1: none in particular), what to print, and the code of the exit."""
+
+    process: int
+    text: str
+    code: int
+
+
+def _hold_abort() -> None:
+    """Lets the watching thread speak first when JAX aborts this process because the coordinator's process died.
+
+    Both learn of it in the same instant. The handler is C's sleep(), which may be called there, and to which the number
+    of SIGABRT is six seconds; then the process aborts as ever.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _stands(line: Line) -> bool:

@@ -19,7 +19,7 @@ SLURM = {
     "SLURM_LOCALID": "1",
 }
 OPTIONS = {"join_seconds": 7, "heartbeat_seconds": 8, "shutdown_seconds": 9}
-TIMES = {"initialization_timeout": 7, "heartbeat_timeout_seconds": 8, "shutdown_timeout_seconds": 39}
+TIMES = {"initialization_timeout": 7, "heartbeat_timeout_seconds": 38, "shutdown_timeout_seconds": 39}
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ from cv2jax.parallel.peers import JoinOptions, join_options
 
 HOST = socket.gethostname()
 PROCESS = """
-import os, sys, time
+import ctypes, os, sys, time
 from cv2jax.config import UserError
 from cv2jax.parallel.peers import JoinOptions, Peers
 from cv2jax.parallel.roll_call import hold_roll_call
 address, count, index, what = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-options = JoinOptions(coordinator=address, num_processes=count, process_id=index, shutdown_seconds=1)
+options = JoinOptions(coordinator=address, num_processes=count, process_id=index, shutdown_seconds=1,
+                      heartbeat_seconds=int(sys.argv[5]))
 met = hold_roll_call(address, index, count, {}, 30)
 peers = Peers(index, met.hosts, met.lines, options)
 peers.start()
@@ -25,7 +26,9 @@ try:
     if what == "die": os.kill(os.getpid(), 9)
     if what == "mistake": raise UserError("the thing is wrong")
     if what == "defect": raise ValueError("never so")
-    if what == "broken": os.close(met.lines[0].fileno())  # its exchange with process 1 broke, and so will process 1's line
+    if what == "stop": os.kill(os.getpid(), 19)
+    if what == "suffer": time.sleep(0.5); raise ValueError("the exchange broke")
+    if what == "abort": ctypes.CDLL(None).abort()  # as JAX does, without Python's lock, when process 0 has gone
     if what == "preempted": peers.code = 75; peers.leave()
     time.sleep(60 if what != "well" else 0.5)
 except BaseException as error:
@@ -37,18 +40,28 @@ peers.close()
 """
 
 
-def _run(*parts: str) -> list[tuple[int, str]]:
+def _run(*parts: str, heartbeat_seconds: int = 45) -> list[tuple[int, str]]:
     """(exit code, output) of processes with those parts to play."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-c", PROCESS, address, str(len(parts))]
     processes = [
-        subprocess.Popen([*command, str(i), part], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, str(i), part, str(heartbeat_seconds)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for i, part in enumerate(parts)
     ]
     try:
-        outputs = [process.communicate(timeout=50)[0] for process in processes]
+        for process, part in zip(processes, parts, strict=True):
+            if part != "stop":
+                process.wait(timeout=50)
+        for process in processes:
+            process.kill()
+        outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -87,6 +100,34 @@ def test_a_defect_is_named_and_may_be_started_again() -> None:
     assert (code, own_code) == (69, 1)
     assert f"process 1 (host {HOST}) failed: ValueError: never so" in output
     assert "own words: never so" in own_output
+
+
+def test_of_two_defects_the_first_is_the_cause() -> None:
+    """An exchange breaks where the other side fails; the one that fails first says so before it goes."""
+    (code, output), (own_code, own_output) = _run("suffer", "defect")
+    assert (code, own_code) == (69, 1)
+    assert f"process 1 (host {HOST}) failed: ValueError: never so" in output
+    assert "own words: never so" in own_output
+
+
+def test_a_death_explains_the_defects_that_come_of_it() -> None:
+    (code, output), _, (other_code, other_output) = _run("suffer", "die", "suffer")
+    assert (code, other_code) == (69, 69)
+    assert all(f"process 1 (host {HOST}) died" in text and "own words" not in text for text in (output, other_output))
+
+
+def test_the_verdict_comes_before_an_abort_for_the_same_reason() -> None:
+    ends = _run("die", "abort")
+    assert ends[1][0] == 69
+    assert f"process 0 (host {HOST}) died" in ends[1][1]
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_that_stops_is_missed(stopped: int) -> None:
+    ends = _run(*("stop" if i == stopped else "go on" for i in range(2)), heartbeat_seconds=4)
+    code, output = ends[1 - stopped]
+    assert code == 69
+    assert f"process {stopped} (host {HOST}) shows no life for 4 s" in output
 
 
 def test_nobody_waits_for_one_that_left() -> None:

@@ -46,12 +46,12 @@ fi
 
 exec 3>&1
 show() { printf '%q ' "$@" | sed 's/ $//' >&3; echo >&3; }
-perform() { if [[ -n $dry ]]; then show "$@"; else "$@"; fi; }
+perform() { if [[ -n $dry ]]; then show "$@"; else "$@" 3>&-; fi; }
 # ask ANSWER COMMAND...: the command's output; ANSWER in a dry run.
 ask() {
     local answer=$1
     shift
-    if [[ -n $dry ]]; then show "$@"; echo "$answer"; else "$@"; fi
+    if [[ -n $dry ]]; then show "$@"; echo "$answer"; else "$@" 3>&-; fi
 }
 
 # ssh_all SCRIPT: on every worker of every slice; fails with the first code that is not 0.

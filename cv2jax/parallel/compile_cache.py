@@ -18,7 +18,6 @@ from cv2jax.config import UserError
 MAX_BYTES = 4 << 30
 _PLACE = "JAX_COMPILATION_CACHE_DIR"
 _ENTRY, _LAST_USE = "-cache", "-atime"  # JAX writes the first file of an entry, then the second
-_SHARE_MILLISECONDS = 2 * 3600 * 1000  # for the first process to compile a program; that it dies is seen by `Peers`
 _ours = False  # whether the cache in use is the one set here, not the user's own
 
 
@@ -77,27 +76,21 @@ def _torn(directory: pathlib.Path) -> list[pathlib.Path]:
     return [directory / name for name in torn]
 
 
-def view(directory: pathlib.Path) -> str:
-    """What this process sees in a directory of compiled programs, for comparison with what others see, or "" without ours."""
-    if not _ours:
-        return ""
-    whole = sorted(path.name for path in directory.glob(f"*{_ENTRY}") if path not in _torn(directory))
-    return hashlib.sha256("\n".join([machine(), *whole]).encode()).hexdigest()
-
-
 def share_compiled(directory: pathlib.Path, *, first: bool) -> None:
-    """Has the processes of a run compile each program once: the first does and writes it to `directory`, the others load it.
+    """Has the processes of a run keep compiled programs in a directory that all see, unless the user chose another place.
 
-    Only for processes whose `view` of the directory is the same: JAX has the others wait for what the first does not find,
-    and they would wait for ever for what it did find. So only one run may use it, and nobody but the first writes there.
+    JAX has only the first process write. The others load what it compiled where their keys are the same; on CPUs they are
+    not, since a key there holds the process's own devices. So `jax_share_binary_between_hosts` stays off: with it a process
+    waits for what the first never sends, as it compiles under another key or finds the program in its cache.
     """
     import jax
 
+    if not _ours:
+        return
+    directory = directory / machine()
     if first:
         directory.mkdir(parents=True, exist_ok=True)
         mend(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    # The others take no lock, which on a file system of many hosts may fail, and write no times of use.
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES if first else -1)
-    jax.config.update("jax_share_binary_between_hosts", True)
-    jax.config.update("jax_share_binary_between_hosts_timeout_ms", _SHARE_MILLISECONDS)
+    if not first:  # they take no lock, which on a file system of many hosts may fail, and write no times of use
+        jax.config.update("jax_compilation_cache_max_size", -1)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import cv2jax
 from cv2jax.config import UserError
-from cv2jax.parallel.compile_cache import share_compiled, view
+from cv2jax.parallel.compile_cache import share_compiled
 from cv2jax.parallel.peers import JoinOptions, PeerError, Peers
 from cv2jax.parallel.roll_call import hold_roll_call
 from cv2jax.parallel.sharding import batch_sharding, num_batch_shards
@@ -44,21 +44,14 @@ def joined(
         return
     address, num_processes, process_id = place
     versions = {"cv2jax": cv2jax.__version__, "jax": jax.__version__}
-    seen = view(compiled) if compiled is not None else ""
     met = hold_roll_call(
-        address,
-        process_id,
-        num_processes,
-        {**versions, **(same or {})},
-        float(options.join_seconds),
-        seen=seen,
-        asked=asked,
+        address, process_id, num_processes, {**versions, **(same or {})}, float(options.join_seconds), asked
     )
     peers = Peers(process_id, met.hosts, met.lines, options)
     peers.start()
     try:
         _initialize(options)
-        if compiled is not None and seen and met.alike and num_processes > 1:
+        if compiled is not None and num_processes > 1:
             share_compiled(compiled, first=process_id == 0)
         yield peers
     except BaseException as error:

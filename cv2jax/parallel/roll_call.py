@@ -32,14 +32,10 @@ Asked = Callable[[], bool]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Met:
-    """The processes of a run: {process: host name}, lines, and whether what they had `seen` is the same everywhere.
-
-    Process 0 has a line to each other one, these one to it.
-    """
+    """The processes of a run: {process: host name} and lines; process 0 has one to each other, these one to it."""
 
     hosts: dict[int, str]
     lines: dict[int, Line]
-    alike: bool
 
 
 def hold_roll_call(
@@ -48,15 +44,12 @@ def hold_roll_call(
     num_processes: int,
     same: Mapping[str, Any],
     seconds: float,
-    *,
-    seen: str = "",
     asked: Asked = lambda: False,
 ) -> Met:
     """Returns once all processes have met.
 
-    `same` holds what must not differ between them, flat and as JSON has it; `seen` may. Raises PeerError after `seconds`
-    without one of them, or when `asked` says that this process shall stop, and UserError for processes that do not fit
-    together.
+    `same` holds what must not differ between them, flat and as JSON has it. Raises PeerError after `seconds` without one of
+    them, or when `asked` says that this process shall stop, and UserError for processes that do not fit together.
     """
     hello = {
         "magic": _MAGIC,
@@ -64,12 +57,11 @@ def hold_roll_call(
         "num_processes": num_processes,
         "host": socket.gethostname(),
         "same": json.loads(json.dumps(dict(same))),
-        "seen": seen,
     }
     if process_id:
         return _answer(address, hello, seconds, asked)
     if num_processes == 1:
-        return Met(hosts={0: hello["host"]}, lines={}, alike=True)
+        return Met(hosts={0: hello["host"]}, lines={})
     with _listen(address, min(seconds, _SETTLE_SECONDS)) as listener:
         return _Roll(listener, hello).gather(seconds, asked)
 
@@ -81,7 +73,6 @@ class _Roll:
         self._mine, self._listener = mine, listener
         self._lines: dict[int, Line] = {}
         self._hosts: dict[int, str] = {0: mine["host"]}
-        self._seen = {mine["seen"]}
         self._refusal: UserError | None = None
         self._strangers: set[str] = set()
 
@@ -97,10 +88,9 @@ class _Roll:
                 for key in list(selector.get_map().values()):
                     if isinstance(key.fileobj, Line) and key.fileobj not in kept:
                         key.fileobj.close()
-        alike = len(self._seen) == 1
         for line in self._lines.values():
-            line.send(hosts=sorted(self._hosts.items()), alike=alike)
-        return Met(hosts=self._hosts, lines=self._lines, alike=alike)
+            line.send(hosts=sorted(self._hosts.items()))
+        return Met(hosts=self._hosts, lines=self._lines)
 
     def _wait(self, selector: selectors.BaseSelector, seconds: float, asked: Asked) -> None:
         told = time.monotonic()
@@ -169,7 +159,6 @@ class _Roll:
             line.send(refused=str(self._refusal), code=self._refusal.exit_code)
         else:
             self._lines[process], self._hosts[process] = line, hello["host"]
-            self._seen.add(hello["seen"])
 
     def _refuse(self, error: UserError) -> None:
         self._refusal = error
@@ -217,7 +206,7 @@ def _ask(address: str, hello: dict[str, Any], end: float, asked: Asked) -> tuple
         line.send(**hello)
         reply, reason = _wait_for_reply(line, end, asked)
     if reply is not None and "hosts" in reply:
-        return Met(hosts=dict(map(tuple, reply["hosts"])), lines={0: line}, alike=reply["alike"]), ""
+        return Met(hosts=dict(map(tuple, reply["hosts"])), lines={0: line}), ""
     line.close()
     if reply is not None and "refused" in reply:
         code = reply["code"]

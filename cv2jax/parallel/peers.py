@@ -156,9 +156,7 @@ class Peers:
         self.code = 0
         self._process_id, self._hosts, self._lines, self._options = process_id, hosts, dict(lines), options
         self._left: dict[int, tuple[float, int]] = {}  # process → when it said that it leaves, and its code
-        self._suspicion: tuple[float, _Verdict] | None = (
-            None  # what will have ended the run if nothing explains it until then
-        )
+        self._suspicion: tuple[float, _Verdict] | None = None  # what ends the run then, unless it is explained before
         self._closed, self._judged = False, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cv2jax peers", daemon=True)
 
@@ -231,9 +229,7 @@ class Peers:
                 if now - told > self._options.heartbeat_seconds / 5:
                     told = now
                     self._tell(alive=True)
-                if (
-                    now - looked > self._options.heartbeat_seconds / 2
-                ):  # it is this process that was stopped, or all were
+                if now - looked > self._options.heartbeat_seconds / 2:  # it is this process that was stopped
                     self._heard = dict.fromkeys(self._lines, now)
                 looked = now
                 self._look_for_silent_ones()
@@ -287,11 +283,9 @@ class Peers:
             return
         process, (when, code) = min(left.items(), key=lambda item: item[1])
         if time.monotonic() - when > self._options.shutdown_seconds:
-            text = (
-                f"{self._name(process)} left with exit code {code} {self._options.shutdown_seconds} s before the others"
-            )
-            code = EXIT_PREEMPTED if code == EXIT_PREEMPTED else EXIT_PEER_LOST
-            self._judge(_Verdict(process=-1, text=text, code=code))
+            seconds, preempted = self._options.shutdown_seconds, code == EXIT_PREEMPTED
+            text = f"{self._name(process)} left with exit code {code} {seconds} s before the others"
+            self._judge(_Verdict(process=-1, text=text, code=EXIT_PREEMPTED if preempted else EXIT_PEER_LOST))
 
     def _judge(self, verdict: "_Verdict") -> None:
         """Prints why the run ends and ends this process; the one whose failure it is says it itself."""
@@ -303,7 +297,8 @@ class Peers:
         mend = "" if verdict.code == UserError.exit_code else ": start the same command again"
         line = f"cv2jax: {verdict.text}; all processes of the run end with it (exit code {verdict.code}){mend}\n"
         self._lines.pop(verdict.process, None)  # it will not hang up
-        os.write(2, line.encode())  # not print: its lock may be held by the thread that hangs
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())  # not print: its lock may be held by the thread that hangs
         self._exit(verdict.code)
 
     def _exit(self, code: int) -> None:

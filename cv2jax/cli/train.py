@@ -5,14 +5,15 @@
 
 The same command resumes by itself. SIGTERM finishes the step, saves and exits with code 75: run the same command again.
 On several processes give each --coordinator, --num_processes and --process_id, or set CV2JAX_DISTRIBUTED=1 where JAX
-recognises the launcher (TPU pods, Slurm).
+recognises the launcher (TPU pods, Slurm). They meet at the coordinator's port first: who is missing is named. One that
+dies ends all within a minute, with its name and exit code 69: run the same command again.
 """
 
 import pathlib
 
 from absl import flags, logging
 
-from cv2jax.config import UserError, load_config, override, validate
+from cv2jax.config import UserError, flatten, load_config, override, validate
 
 USAGE = "CONFIG --workdir DIR [--corpus DIR] [--set key=value]..."
 
@@ -24,9 +25,17 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("corpus", None, "prepared corpus; short for --set data.corpus=DIR", flag_values=values)
     flags.DEFINE_multi_string("set", [], "config override key=value; may be repeated", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, for several processes", flag_values=values)
-    flags.DEFINE_integer("num_processes", 0, "number of processes, with --coordinator", flag_values=values)
-    flags.DEFINE_integer("process_id", -1, "this process, with --coordinator", flag_values=values)
+    several = {
+        "coordinator": "host:port of process 0, for several processes; the port must be open between them",
+        "num_processes": "number of processes, with --coordinator",
+        "process_id": "this process, with --coordinator",
+        "join_seconds": "how long to wait for the other processes (default 300)",
+        "heartbeat_seconds": "a machine that shows no life for so long counts as gone (default 45)",
+        "shutdown_seconds": "how long a process may go on after another has ended (default 60)",
+    }
+    for name, text in several.items():
+        define = flags.DEFINE_string if name == "coordinator" else flags.DEFINE_integer
+        define(name, None, f"{text}; or CV2JAX_{name.upper()} in the environment", flag_values=values)
 
 
 def main(args: list[str], values: flags.FlagValues) -> int:
@@ -44,14 +53,18 @@ def main(args: list[str], values: flags.FlagValues) -> int:
     from cv2jax.train.stop import StopSignal
 
     with StopSignal() as stop:  # before imports and plans that take seconds: a preemption may come in them too
-        from cv2jax.parallel.distributed import initialize
+        from cv2jax.parallel.distributed import joined
+        from cv2jax.parallel.peers import join_options
 
-        initialize(values.coordinator, values.num_processes, values.process_id)
-        import jax
+        workdir = pathlib.Path(values.workdir)
+        compiled = None if "://" in values.workdir else workdir / "compiled"
+        with joined(join_options(values.flag_values_dict()), flatten(config), compiled, lambda: stop.asked) as peers:
+            import jax
 
-        if jax.process_index():
-            logging.set_verbosity(logging.WARNING)  # config and metrics are told once, by the first process
-        from cv2jax.tasks import make_task
-        from cv2jax.train.loop import train
+            if jax.process_index():
+                logging.set_verbosity(logging.WARNING)  # config and metrics are told once, by the first process
+            from cv2jax.tasks import make_task
+            from cv2jax.train.loop import train
 
-        return train(make_task(config), config, pathlib.Path(values.workdir), stop)
+            peers.code = train(make_task(config), config, workdir, stop)
+        return peers.code

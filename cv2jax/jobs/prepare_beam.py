@@ -1,0 +1,122 @@
+"""The shards of `cv2jax prepare` by an Apache Beam pipeline, on whatever runner its options name.
+
+    Create (a few numbers a shard) → Reshuffle → build_shard → ToList → one file of outcomes
+
+Shards are written straight to the corpus, which all workers must see under the same path. Beam may run a bundle twice, or
+twice at once: shards and notes appear whole, and making one again gives the same bytes. Which lines a shard holds is read
+from a file beside the notes, since pipelines of many megabytes are refused by runners.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cv2jax.config import UserError
+from cv2jax.data.corpus_index import write_bytes
+from cv2jax.data.shard_builder import ShardOutcome, ShardTask, build_shard
+from cv2jax.files import temporary_beside
+
+_ROWS = np.dtype([("offset", np.uint64), ("line", np.uint32)])
+_USER_ERROR = re.compile(r"cv2jax\.config\.UserError: (.*?)(?: \[while running '|$)", re.MULTILINE)
+
+Element = tuple[int, str, int, int, int]  # position among the tasks, split, number, first and last row in the file
+
+
+def make_pipeline(arguments: Sequence[str]) -> Callable[..., list[ShardOutcome]]:
+    """What turns tasks into outcomes by a pipeline with Beam's options `arguments`, ["--runner=FlinkRunner", …].
+
+    UserError where Apache Beam is not installed, or the options are none.
+    """
+    try:
+        beam = importlib.import_module("apache_beam")
+        options = importlib.import_module("apache_beam.options.pipeline_options")
+    except ImportError as error:
+        raise UserError(f"--engine beam needs Apache Beam ({error}): pip install 'cv2jax[beam]'") from None
+    if arguments and not arguments[0].startswith("--"):
+        raise UserError(
+            f"{arguments[0]}: expected options of Beam behind OUT and --, for example -- --runner=FlinkRunner"
+        )
+
+    def build(tasks: Iterable[ShardTask], *, total: int, workers: int) -> list[ShardOutcome]:
+        flags = list(arguments)
+        if not any(word.split("=")[0] == "--runner" for word in flags):
+            # Not DirectRunner, which would first try to fetch a program from GitHub.
+            here = ("--runner=FnApiRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}")
+            flags.extend(here)
+        return _run(beam, options.PipelineOptions(flags), tasks)
+
+    return build
+
+
+def _run(beam: Any, options: Any, tasks: Iterable[ShardTask]) -> list[ShardOutcome]:
+    template, elements, rows = _split_tasks(tasks)
+    notes = pathlib.Path(template.root, ".prepare")
+    # Named by content: workers of a launch that was killed, whose job goes on, may still read it.
+    rows_path = notes / f".rows-{hashlib.sha256(rows.tobytes()).hexdigest()[:16]}.tmp"
+    outcomes_path = temporary_beside(notes / "outcomes")
+    write_bytes(rows_path, rows.tobytes())
+    try:
+        with beam.Pipeline(options=options) as pipeline:
+            _ = (
+                pipeline
+                | "Shards" >> beam.Create(elements)
+                | "Spread" >> beam.Reshuffle()
+                | "Build" >> beam.Map(_build, template, str(rows_path))
+                | "Gather" >> beam.combiners.ToList()
+                | "Write" >> beam.Map(_write_outcomes, str(outcomes_path))
+            )
+        outcomes = [
+            ShardOutcome(**fields) for _, fields in sorted(map(json.loads, outcomes_path.read_text().splitlines()))
+        ]
+    except Exception as error:
+        # Beam hands on what a worker raised as text, among its own.
+        if found := _USER_ERROR.search(str(error)):
+            raise UserError(f"{found[1]}; finished shards are kept") from None
+        raise
+    finally:
+        rows_path.unlink(missing_ok=True)
+        outcomes_path.unlink(missing_ok=True)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise UserError(f"{outcome.error} (--strict; the other shards were made)")
+    return outcomes
+
+
+def _split_tasks(tasks: Iterable[ShardTask]) -> tuple[ShardTask, list[Element], np.ndarray]:
+    """A task without lines, what of each task differs from it, and the lines of them all."""
+    found = list(tasks)
+    elements, rows, first = [], np.zeros(sum(len(task.line) for task in found), _ROWS), 0
+    for position, task in enumerate(found):
+        last = first + len(task.line)
+        rows["offset"][first:last], rows["line"][first:last] = task.offset, task.line
+        elements.append((position, task.split, task.number, first, last))
+        first = last
+    nothing = np.zeros(0, _ROWS)
+    return dataclasses.replace(found[0], offset=nothing["offset"], line=nothing["line"]), elements, rows
+
+
+def _build(element: Element, template: ShardTask, rows_path: str) -> str:
+    """Makes one shard; returns its position and outcome as JSON. Runs on Beam's workers."""
+    _use_one_blas_thread()
+    position, split, number, first, last = element
+    rows = np.fromfile(rows_path, _ROWS, count=last - first, offset=first * _ROWS.itemsize)
+    task = dataclasses.replace(template, split=split, number=number, offset=rows["offset"], line=rows["line"])
+    return json.dumps([position, dataclasses.asdict(build_shard(task))])
+
+
+def _write_outcomes(outcomes: list[str], path: str) -> None:
+    write_bytes(pathlib.Path(path), "\n".join(outcomes).encode())
+
+
+@functools.cache
+def _use_one_blas_thread() -> None:
+    """Once a process, as in the one-machine path: workers do not fight, and sums never change order."""
+    importlib.import_module("threadpoolctl").threadpool_limits(1, "blas")

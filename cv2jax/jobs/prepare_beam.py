@@ -33,17 +33,13 @@ Element = tuple[int, str, int, int, int]  # position among the tasks, split, num
 def make_pipeline(arguments: Sequence[str]) -> Callable[..., list[ShardOutcome]]:
     """What turns tasks into outcomes by a pipeline with Beam's options `arguments`, ["--runner=FlinkRunner", …].
 
-    UserError where Apache Beam is not installed, or the options are none.
+    UserError where Apache Beam is not installed.
     """
     try:
         beam = importlib.import_module("apache_beam")
         options = importlib.import_module("apache_beam.options.pipeline_options")
     except ImportError as error:
         raise UserError(f"--engine beam needs Apache Beam ({error}): pip install 'cv2jax[beam]'") from None
-    if arguments and not arguments[0].startswith("--"):
-        raise UserError(
-            f"{arguments[0]}: expected options of Beam behind OUT and --, for example -- --runner=FlinkRunner"
-        )
 
     def build(tasks: Iterable[ShardTask], *, total: int, workers: int) -> list[ShardOutcome]:
         flags = list(arguments)

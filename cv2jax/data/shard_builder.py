@@ -103,7 +103,7 @@ def build_shard(task: ShardTask) -> ShardOutcome:
 
 def load_columns(path: pathlib.Path) -> ShardColumns | None:
     """Returns the index columns in a note, None where the shard holds no record."""
-    note = json.loads(path.read_text())
+    note = json.loads(path.read_text(encoding="utf-8"))
     if note["summary"] is None:
         return None
     return ShardColumns(summary=ShardSummary(**note["summary"]), **note["columns"])
@@ -168,7 +168,7 @@ def _stamp(file: str) -> tuple[int, int] | None:
 def _load_note(task: ShardTask, fingerprint: str) -> dict[str, Any] | None:
     """Returns the note where the finished shard can be kept."""
     try:
-        note = json.loads(task.note_path.read_text())
+        note = json.loads(task.note_path.read_text(encoding="utf-8"))
         if note["fingerprint"] != fingerprint:
             return None
         summary = note["summary"]
@@ -223,7 +223,7 @@ def _make_shard(task: ShardTask, lines: list[bytes], fingerprint: str) -> dict[s
 def _remove_void_note(task: ShardTask, fingerprint: str) -> None:
     """Removes a note of other lines, audio or options; one of the same may be another worker's, who was faster."""
     try:
-        void = json.loads(task.note_path.read_text())["fingerprint"] != fingerprint
+        void = json.loads(task.note_path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
@@ -235,7 +235,7 @@ def _remove_void_note(task: ShardTask, fingerprint: str) -> None:
 def _write_note(path: pathlib.Path, note: dict[str, Any]) -> None:
     """Writes a note all at once, not waiting for the disk: a note that a power cut takes costs only its shard's work."""
     temporary = temporary_beside(path)
-    temporary.write_text(json.dumps(note, ensure_ascii=False))
+    temporary.write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -163,7 +163,7 @@ class _Job:
                 stacked = np.array([vectors[place] for place in range(len(kept))], np.float32).reshape(shape)
                 yield number, ([item.id for item in kept], [item.speaker for item in kept], stacked)
 
-    def _load_all(self, numbers: Sequence[int]) -> Iterator[tuple[int, _Loaded | _Refused]]:
+    def _load_all(self, numbers: Sequence[int]) -> Generator[tuple[int, _Loaded | _Refused]]:
         """Loads a few utterances ahead in threads, in order."""
         directory = os.path.dirname(os.path.abspath(self._scan.path))
         waiting: deque[tuple[int, Future[_Loaded | _Refused]]] = deque()

@@ -134,8 +134,8 @@ def _asked_for(manifest: str, out: str | os.PathLike[str], split: str | None) ->
 
 def _metadata(facts: Facts) -> dict[str, str | int | float | None]:
     """Of an npz."""
-    names = ("tokenizer", "rate_hz", "num_codes", "compute_dtype")
-    return {"version": 1} | {name: ({"rate_hz": 25} | facts)[name] for name in names}
+    made_by = {name: facts[name] for name in ("num_codes", "compute_dtype")}
+    return {"version": 1, "tokenizer": facts["tokenizer"], "rate_hz": 25, **made_by}
 
 
 class _Job:

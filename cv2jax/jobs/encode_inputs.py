@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -104,7 +104,7 @@ class Inputs:
                 yield Source(id=utterance.id, audio=utterance.audio, path=path, block=0)
 
 
-def load_all(sources: Iterator[Source], workers: int, reserved: str | None) -> Iterator[Loaded | Source]:
+def load_all(sources: Iterator[Source], workers: int, reserved: str | None) -> Generator[Loaded | Source]:
     """Loads a few inputs ahead in threads, in order; what is refused comes back with the reason, so does the id `reserved`."""
     waiting: deque[Future[Loaded | Source]] = deque()
     with ThreadPoolExecutor(workers) as pool:

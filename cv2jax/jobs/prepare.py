@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -67,7 +67,7 @@ def prepare(
     strict: bool = False,
     verify: bool = False,
     part: str | None = None,
-    engine: Literal["local", "beam"] = "local",
+    engine: str = "local",
     beam_options: Sequence[str] = (),
 ) -> PrepareResult:
     """Makes the corpus `out` from `manifest`; bad utterances are refused and reported, the others kept.

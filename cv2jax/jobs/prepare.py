@@ -88,7 +88,7 @@ def prepare(
     options = PrepareOptions(rate_hz=rate_hz, encoding=encoding, vocabulary=_load_vocabulary(vocabulary))
     workers = workers or num_cores()
     chosen = None if part is None else find_part(part)
-    build = _engine(engine, beam_options, chosen)
+    build = _engine(engine, beam_options, chosen, workers)
     scan = scan_manifest(manifest, strict=strict)
     with _locked(out, shared=chosen is not None):
         shard_utterances = _settle_options(out, options, shard_utterances, len(scan.line))
@@ -126,7 +126,9 @@ def _check_options(rate_hz: int, encoding: str, workers: int, shard_utterances: 
         raise UserError(f"shard_utterances={shard_utterances}: give a number of utterances, or 0 for a size that fits")
 
 
-def _engine(engine: str, beam_options: Sequence[str], part: Part | None) -> Callable[..., list[ShardOutcome]]:
+def _engine(
+    engine: str, beam_options: Sequence[str], part: Part | None, workers: int
+) -> Callable[..., list[ShardOutcome]]:
     """What turns tasks into outcomes; UserError for an engine that is unknown, not installed or given what it cannot use."""
     if engine not in ("local", "beam"):
         raise UserError(f"engine={engine}: choose local or beam")
@@ -138,7 +140,7 @@ def _engine(engine: str, beam_options: Sequence[str], part: Part | None) -> Call
         raise UserError("--part and --engine beam: choose one; Beam hands out the shards itself")
     from cv2jax.jobs.prepare_beam import make_pipeline
 
-    return make_pipeline(beam_options)
+    return make_pipeline(beam_options, workers)
 
 
 def _load_vocabulary(path: str | os.PathLike[str] | None) -> frozenset[str] | None:

@@ -7,13 +7,14 @@ twice at once: shards and notes appear whole, and making one again gives the sam
 from a file beside the notes, since pipelines of many megabytes are refused by runners.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
+import io
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,34 +26,42 @@ from cv2jax.data.shard_builder import ShardOutcome, ShardTask, build_shard
 from cv2jax.files import temporary_beside
 
 _ROWS = np.dtype([("offset", np.uint64), ("line", np.uint32)])
-_USER_ERROR = re.compile(r"cv2jax\.config\.UserError: (.*?)(?: \[while running '|$)", re.MULTILINE)
 
 Element = tuple[int, str, int, int, int]  # position among the tasks, split, number, first and last row in the file
 
 
-def make_pipeline(arguments: Sequence[str]) -> Callable[..., list[ShardOutcome]]:
+def make_pipeline(arguments: Sequence[str], workers: int) -> Callable[..., list[ShardOutcome]]:
     """What turns tasks into outcomes by a pipeline with Beam's options `arguments`, ["--runner=FlinkRunner", …].
 
-    UserError where Apache Beam is not installed.
+    Without a runner among them, `workers` processes of this machine do it. UserError where Apache Beam is not installed or
+    does not take the options.
     """
     try:
         beam = importlib.import_module("apache_beam")
         options = importlib.import_module("apache_beam.options.pipeline_options")
     except ImportError as error:
         raise UserError(f"--engine beam needs Apache Beam ({error}): pip install 'cv2jax[beam]'") from None
+    flags = list(arguments)
+    if not any(word.split("=")[0] == "--runner" for word in flags):
+        # Not DirectRunner, which would first try to fetch a program from GitHub.
+        flags += ["--runner=FnApiRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):  # of argparse, which prints and exits
+            parsed = options.PipelineOptions(flags)
+            parsed.get_all_options()  # looks at each of them
+            pipeline = beam.Pipeline(options=parsed)
+    except (SystemExit, ValueError, ImportError, AttributeError) as error:
+        reason = (said.getvalue().splitlines() or [str(error)])[-1]
+        raise UserError(f"Apache Beam does not take {' '.join(arguments)}: {reason}") from None
 
     def build(tasks: Iterable[ShardTask], *, total: int, workers: int) -> list[ShardOutcome]:
-        flags = list(arguments)
-        if not any(word.split("=")[0] == "--runner" for word in flags):
-            # Not DirectRunner, which would first try to fetch a program from GitHub.
-            here = ("--runner=FnApiRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}")
-            flags.extend(here)
-        return _run(beam, options.PipelineOptions(flags), tasks)
+        return _run(beam, pipeline, tasks)
 
     return build
 
 
-def _run(beam: Any, options: Any, tasks: Iterable[ShardTask]) -> list[ShardOutcome]:
+def _run(beam: Any, pipeline: Any, tasks: Iterable[ShardTask]) -> list[ShardOutcome]:
     template, elements, rows = _split_tasks(tasks)
     notes = pathlib.Path(template.root, ".prepare")
     # Named by content: workers of a launch that was killed, whose job goes on, may still read it.
@@ -60,7 +69,7 @@ def _run(beam: Any, options: Any, tasks: Iterable[ShardTask]) -> list[ShardOutco
     outcomes_path = temporary_beside(notes / "outcomes")
     write_bytes(rows_path, rows.tobytes())
     try:
-        with beam.Pipeline(options=options) as pipeline:
+        with pipeline:
             _ = (
                 pipeline
                 | "Shards" >> beam.Create(elements)
@@ -69,20 +78,21 @@ def _run(beam: Any, options: Any, tasks: Iterable[ShardTask]) -> list[ShardOutco
                 | "Gather" >> beam.combiners.ToList()
                 | "Write" >> beam.Map(_write_outcomes, str(outcomes_path))
             )
-        outcomes = [
-            ShardOutcome(**fields) for _, fields in sorted(map(json.loads, outcomes_path.read_text().splitlines()))
-        ]
-    except Exception as error:
-        # Beam hands on what a worker raised as text, among its own.
-        if found := _USER_ERROR.search(str(error)):
-            raise UserError(f"{found[1]}; finished shards are kept") from None
-        raise
+        found = sorted(map(json.loads, outcomes_path.read_text(encoding="utf-8").splitlines()))
+    except RuntimeError as error:  # so all runners tell that they failed, with a traceback of a worker or without
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        mend = "finished shards are kept: give the same command again"
+        raise UserError(f"the pipeline failed, a worker was killed perhaps ({reason}); {mend}") from error
     finally:
         rows_path.unlink(missing_ok=True)
         outcomes_path.unlink(missing_ok=True)
-    for outcome in outcomes:
-        if outcome.error is not None:
-            raise UserError(f"{outcome.error} (--strict; the other shards were made)")
+    outcomes = []
+    for _, failure, fields in found:
+        if failure:
+            raise UserError(f"{failure}; finished shards are kept: give the same command again")
+        outcomes.append(ShardOutcome(**fields))
+        if outcomes[-1].error is not None:
+            raise UserError(f"{outcomes[-1].error} (--strict; the other shards were made)")
     return outcomes
 
 
@@ -100,12 +110,17 @@ def _split_tasks(tasks: Iterable[ShardTask]) -> tuple[ShardTask, list[Element], 
 
 
 def _build(element: Element, template: ShardTask, rows_path: str) -> str:
-    """Makes one shard; returns its position and outcome as JSON. Runs on Beam's workers."""
+    """Makes one shard; returns JSON: its position, why it failed, its outcome. Runs on Beam's workers."""
     _use_one_blas_thread()
     position, split, number, first, last = element
     rows = np.fromfile(rows_path, _ROWS, count=last - first, offset=first * _ROWS.itemsize)
     task = dataclasses.replace(template, split=split, number=number, offset=rows["offset"], line=rows["line"])
-    return json.dumps([position, dataclasses.asdict(build_shard(task))])
+    try:
+        return json.dumps([position, "", dataclasses.asdict(build_shard(task))])
+    except UserError as error:  # a full disk: Beam would tell it as a traceback
+        return json.dumps([position, str(error), None])
+    except OSError as error:
+        return json.dumps([position, f"{error.filename or task.shard_path}: {error.strerror or error}", None])
 
 
 def _write_outcomes(outcomes: list[str], path: str) -> None:

@@ -1,5 +1,6 @@
 """`cv2jax prepare --engine beam`: the one machine's bytes by an Apache Beam pipeline (extra [beam])."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -38,9 +39,30 @@ def speech(tmp_path_factory):
     return manifest
 
 
-def start(speech, out, *words):
-    command = [sys.executable, "-m", "cv2jax.cli.main", "prepare", speech, out, "--shard_utterances=4", *words]
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def command(speech, out):
+    flags = ("--shard_utterances=4", "--engine=beam", "--workers=2")
+    return [sys.executable, "-m", "cv2jax.cli.main", "prepare", speech, out, *flags]
+
+
+def start(speech, out):
+    """The command in a session of its own, once it has made three shards; what it says goes to `said`."""
+    with open(out.with_name("said"), "wb") as said:
+        process = subprocess.Popen(command(speech, out), cwd=ROOT, start_new_session=True, stdout=said, stderr=said)
+    while process.poll() is None and len(list(out.glob("shards/*.arrayrecord"))) < 3:
+        time.sleep(0.001)
+    assert process.poll() is None, out.with_name("said").read_text()
+    return process
+
+
+def worker_of(launcher):
+    """A process of the launcher's session that runs Beam's worker."""
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words, stat = (path / "cmdline").read_bytes().split(b"\0"), (path / "stat").read_text()
+            session = int(stat.rpartition(")")[2].split()[3])
+            if session == launcher.pid and b"python" in words[0] and any(b"sdk_worker_main" in word for word in words):
+                return int(path.name)
+    raise AssertionError("the launcher has no worker")
 
 
 @pytest.mark.parametrize(
@@ -61,38 +83,32 @@ def test_a_pipeline_makes_the_one_machines_bytes(speech, tmp_path, options):
 
 def test_worker_processes_make_the_one_machines_bytes_also_after_a_kill(speech, tmp_path):
     out = tmp_path / "out"
-    killed = start(speech, out, "--engine=beam", "--workers=2")
-    while killed.poll() is None and len(list(out.glob("shards/*.arrayrecord"))) < 3:
-        time.sleep(0.001)
+    killed = start(speech, out)
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (out / "index.json").exists()
     num_left = len(list(out.glob("shards/*.arrayrecord")))
-    again = start(speech, out, "--engine=beam", "--workers=2")
-    printed = again.communicate()[0].decode()
-    assert again.returncode == 0, printed
-    num_kept = int(printed.split(" shards made, ")[1].split(" kept")[0])
+    again = subprocess.run(command(speech, out), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    num_kept = int(again.stdout.split(" shards made, ")[1].split(" kept")[0])
     assert num_left - 2 <= num_kept <= num_left  # of the shards in the making the note may be missing
     assert whole_tree(out) == whole_tree(speech.parent / "out")
 
 
-def test_a_worker_process_that_is_killed_ends_the_run_which_goes_on_when_given_again(speech, tmp_path):
+def test_a_worker_process_that_is_killed_is_one_line_and_costs_its_shard(speech, tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import os, signal, sys, cv2jax.data.shard_builder as b; import cv2jax.jobs.prepare_beam as p\n"
-        "from cv2jax.jobs.prepare import prepare\n"
-        "if __name__ == '__main__': prepare(sys.argv[1], sys.argv[2], shard_utterances=4, engine='beam', workers=2)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, speech, out], cwd=ROOT, start_new_session=True)
+    launcher = start(speech, out)
     try:
-        while process.poll() is None and len(list(out.glob("shards/*.arrayrecord"))) < 3:
-            time.sleep(0.001)
-        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        assert children
+        os.kill(worker_of(launcher), signal.SIGKILL)
+        assert launcher.wait(300) == 2
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    prepare(speech, out, engine="beam", beam_options=IN_PROCESS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    said = (tmp_path / "said").read_text()
+    assert "cv2jax prepare: the pipeline failed, a worker was killed perhaps (" in said
+    assert "Traceback" not in said
+    assert prepare(speech, out, engine="beam", beam_options=IN_PROCESS).num_shards_kept >= 3
     assert whole_tree(out) == whole_tree(speech.parent / "out")
 
 
@@ -116,19 +132,33 @@ def test_strict_and_a_full_disk_are_one_line(tmp_path, capfd, monkeypatch):
     assert "wav/none.wav: no such" in line
     assert len(list((out / "shards").glob("*.arrayrecord"))) >= 3
 
-    def full(*_):
-        raise UserError("shard: cannot write (No space left on device)")
-
-    monkeypatch.setattr("cv2jax.jobs.prepare_beam.build_shard", full)
-    assert run([*words, "--", *IN_PROCESS]) == 2
-    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cv2jax prepare:")]
-    assert line.endswith("shard: cannot write (No space left on device); finished shards are kept")
+    for error in (
+        UserError("shard: cannot write (No space left on device)"),
+        OSError(28, "No space left on device", "shard"),
+    ):
+        monkeypatch.setattr("cv2jax.jobs.prepare_beam.build_shard", lambda _, error=error: (_ for _ in ()).throw(error))
+        assert run([*words, "--", *IN_PROCESS]) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        assert "No space left on device" in line
+        assert line.endswith("; finished shards are kept: give the same command again")
     assert not list(out.rglob("*.tmp"))
 
 
-def test_an_unknown_runner_is_named(speech, tmp_path):
-    with pytest.raises(UserError, match="NoRunner"):
-        prepare(speech, tmp_path / "out", engine="beam", beam_options=["--runner=NoRunner"])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--runner=NoRunner", "Unexpected pipeline runner: NoRunner"),
+        ("--runner=no.such.Runner", "No module named 'no'"),
+        ("--runner=json.NoRunner", "no attribute 'NoRunner'"),
+        ("--direct_num_workers=x", "invalid int value: 'x'"),
+    ],
+)
+def test_what_beam_does_not_take_is_one_line(speech, tmp_path, capfd, option, reason):
+    assert run(["prepare", str(speech), str(tmp_path / "out"), "--engine=beam", "--", option]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"cv2jax prepare: Apache Beam does not take {option}: ")
+    assert reason in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_beam_lives_with_what_training_uses():

@@ -33,8 +33,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define.DEFINE_boolean("strict", False, "Stop at the first bad utterance.", flag_values=flags)
     define.DEFINE_string("part", None, "Only this part, i/n; or auto, of a launcher.", flag_values=flags)
     define.DEFINE_boolean("merge", False, "Make --out of its parts.", flag_values=flags)
-    text = "Rows that are worked on together, and that a kill costs at most; the same for all parts."
-    define.DEFINE_integer("block_rows", 1024, text, flag_values=flags)
+    text = "Rows of a block, which a kill costs at most; the same for all parts. 0: 1024 for 120 s of batch_seconds."
+    define.DEFINE_integer("block_rows", 0, text, flag_values=flags)
 
 
 def main(args: list[str], flags: absl_flags.FlagValues) -> int | None:

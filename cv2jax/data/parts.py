@@ -12,6 +12,7 @@ Every file appears whole, so a kill costs the block in the making, and machines 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,7 +25,7 @@ from absl import logging
 from cv2jax.config import UserError
 from cv2jax.files import whole_file
 
-BLOCK_ROWS = 1024
+_BLOCK_ROWS, _BLOCK_BATCH_SECONDS = 1024, 120.0
 _VERSION = 1
 _NAMED = 8  # missing parts
 _MAX_HEADER_BYTES = 1 << 30
@@ -59,6 +60,14 @@ def parse_part(text: str) -> Part:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"--part {text}: give i/n with 1 <= i <= n, for example 1/8, or auto under a launcher")
     return Part(number=int(found[1]), count=int(found[2]))
+
+
+def choose_block_rows(block_rows: int, batch_seconds: float) -> int:
+    """`block_rows`, where not 0; else 1024 for each 120 s of a batch, so that unfilled last batches cost 2 % of the work."""
+    if block_rows < 0:
+        raise UserError(f"block_rows={block_rows}: give a number of rows, or 0 for one that fits the batches")
+    fits = batch_seconds / _BLOCK_BATCH_SECONDS if 0 < batch_seconds < math.inf else 1
+    return block_rows or _BLOCK_ROWS * math.ceil(fits)
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:

@@ -24,7 +24,7 @@ from cv2jax.audio.io import check_audio, convert_rate, read_audio
 from cv2jax.config import UserError
 from cv2jax.data.embeddings import check_embeddings_path, pack_embeddings, save_embeddings, unpack_embeddings
 from cv2jax.data.manifest import ManifestScan, Utterance, parse_utterance, scan_manifest
-from cv2jax.data.parts import BLOCK_ROWS, Block, Counts, Facts, Part, PartSet, PartWriter, hash_file
+from cv2jax.data.parts import Block, Counts, Facts, Part, PartSet, PartWriter, choose_block_rows, hash_file
 from cv2jax.jobs.devices import local_mesh, name_devices
 from cv2jax.jobs.parts import choose_part
 from cv2jax.models.speaker_encoder.batching import MAX_SAMPLES, WaveformEmbedder
@@ -34,7 +34,7 @@ from cv2jax.tasks.encoders import load_speaker_encoder
 _SHORTEST_MS = 1000 * MIN_SAMPLES / FBANK_RATE_HZ
 _NAMED = 8  # speakers with a single utterance
 
-_Vectors = tuple[list[str], list[str], Float32[np.ndarray, "N E"]]  # ids, speakers, embeddings
+_Vectors = tuple[list[str], list[str], np.ndarray]  # ids, speakers, embeddings [N E]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def embed_manifest(
     strict: bool = False,
     part: str | None = None,
     merge: bool = False,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int = 0,
 ) -> EmbedResult:
     """Writes the embeddings of a manifest's utterances and speakers to `out` (.npz; see `data/embeddings.py`).
 
@@ -80,15 +80,14 @@ def embed_manifest(
     heard. `split` keeps one split; `workers` 0 decodes in one thread a core. `out` appears when all is done, never half.
 
     `part` ("i/n", or "auto" under a launcher) makes one of n parts of the embeddings, of which `merge` makes `out`, byte for
-    byte what it is without parts; of `run` it only writes the name down. Batches stay within `block_rows` rows.
+    byte what it is without parts; of `run` it only writes the name down. Batches stay within blocks of `block_rows`.
     Raises UserError where nothing can be embedded, and for parts that are missing or do not belong together.
     """
     start = time.monotonic()
     check_embeddings_path(out)
     if workers < 0:
         raise UserError(f"workers={workers}: give a number of threads, or 0 for one a core")
-    if block_rows < 1:
-        raise UserError(f"block_rows={block_rows}: give a number of rows")
+    block_rows = choose_block_rows(block_rows, batch_seconds)
     chosen = choose_part(part, merge)
     asked: Facts = {"job": "embed", "split": split}
     if merge:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cv2jax.audio.mel import WHISPER_HOP, WHISPER_RATE_HZ
 from cv2jax.config import UserError
-from cv2jax.data.parts import BLOCK_ROWS, Block, Counts, Facts, Part, PartSet, PartWriter, hash_file
+from cv2jax.data.parts import Block, Counts, Facts, Part, PartSet, PartWriter, choose_block_rows, hash_file
 from cv2jax.data.tokens import METADATA, TokenWriter, check_token_path, token_line
 from cv2jax.jobs.devices import local_mesh, name_devices
 from cv2jax.jobs.encode_inputs import Inputs, Loaded, Source, load_all
@@ -75,7 +75,7 @@ def encode_audio(
     compare_one_piece: bool = False,
     part: str | None = None,
     merge: bool = False,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int = 0,
 ) -> EncodeResult:
     """Writes the speech tokens of `inputs` (audio files and .jsonl manifests) to `out` (.jsonl or .npz), in their order.
 
@@ -84,7 +84,7 @@ def encode_audio(
     in the first 60 s of each file beyond 30 s. `out` appears when all is done, never half.
 
     `part` ("i/n", or "auto" under a launcher) makes one of n parts of one manifest's tokens, of which `merge` makes `out`,
-    byte for byte what it is without parts; it does not look at `run`. Batches stay within `block_rows` rows.
+    byte for byte what it is without parts; it does not look at `run`. Batches stay within blocks of `block_rows`.
     Raises UserError where nothing can be encoded, and for parts that are missing or do not belong together.
     """
     start = time.monotonic()
@@ -102,6 +102,7 @@ def encode_audio(
         raise UserError("--part and --merge take one .jsonl manifest as the only input, and no --compare_one_piece")
     if merge:
         return _merge_parts(inputs[0], out, split, start)
+    block_rows = choose_block_rows(block_rows, batch_seconds)
     rows = Inputs(inputs, split, block_rows)
     tokenizer = load_tokenizer(run)
     mesh = local_mesh()

@@ -47,8 +47,6 @@ class Inputs:
     """
 
     def __init__(self, names: Sequence[str], split: str | None, block_rows: int) -> None:
-        if block_rows < 1:
-            raise UserError(f"block_rows={block_rows}: give a number of rows")
         self._names, self._split, self._block_rows = names, split, block_rows
         self._scans = {path: scan_manifest(path) for path in names if path.endswith(".jsonl")}
         if split is not None and not any(split in scan.splits for scan in self._scans.values()):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cv2jax.config import UserError
-from cv2jax.data.parts import Block, Part, PartSet, PartWriter, hash_file, parse_part
+from cv2jax.data.parts import Block, Part, PartSet, PartWriter, choose_block_rows, hash_file, parse_part
 from tests.run_record import Killed
 
 FACTS = {"job": "test", "manifest": "m" * 64, "split": None, "batch_seconds": 120.0}
@@ -178,3 +178,18 @@ def test_a_full_disk_is_one_line_and_keeps_finished_blocks(tmp_path, monkeypatch
 def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"m.jsonl: cannot read \(No such file"):
         hash_file(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "batch_seconds", "rows"),
+    [
+        (0, 120.0, 1024),
+        (0, 1.0, 1024),
+        (0, 960.0, 8192),
+        (7, 960.0, 7),
+        (0, float("nan"), 1024),
+        (0, float("inf"), 1024),
+    ],
+)
+def test_blocks_grow_with_the_batches(given, batch_seconds, rows):
+    assert choose_block_rows(given, batch_seconds) == rows

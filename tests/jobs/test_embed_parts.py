@@ -158,7 +158,7 @@ def test_packed_vectors_come_back(manifest):
         (["--part=auto"], "--part auto: no launcher"),
         (["--part=1/2", "--merge"], "first run every part"),
         (["--merge"], "no part lies beside it"),
-        (["--block_rows=0"], "block_rows=0: give a number of rows"),
+        (["--block_rows=-1"], "block_rows=-1: give a number of rows"),
     ],
 )
 def test_wrong_flags_are_one_line(run_dir, manifest, tmp_path, capfd, flags, message):

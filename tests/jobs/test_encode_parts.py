@@ -186,7 +186,7 @@ def test_where_nothing_can_be_encoded_the_merge_says_so(workdir, tmp_path):
         (["--part=1/2", "--merge"], "first run every part"),
         (["--merge"], "no part lies beside it"),
         (["--part=1/2", "--compare_one_piece"], "take one .jsonl manifest as the only input"),
-        (["--part=1/2", "--block_rows=0"], "block_rows=0: give a number of rows"),
+        (["--part=1/2", "--block_rows=-1"], "block_rows=-1: give a number of rows"),
     ],
 )
 def test_wrong_flags_are_one_line(workdir, manifest, tmp_path, capfd, flags, message):

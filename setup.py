@@ -46,6 +46,7 @@ setup(
         # The official side of benches and conversions; never needed to run.
         "official": ["onnx>=1.17", "onnxruntime>=1.18", "PyYAML>=6", "torch>=2.6"],
         "corpus": ["espeakng-loader>=0.2.4"],  # bundles espeak-ng (GPL-3.0+): a data tool, never a runtime dependency
+        "beam": ["apache-beam>=2.77", "threadpoolctl>=3.5"],  # `cv2jax prepare --engine beam`; asks for protobuf < 7
         "vocoder": ["pyworld>=0.3.5"],  # F0 targets; built from source with a C++ compiler
         # Judges of synthesised speech; pesq holds code of ITU-T P.862, which has terms of its own.
         "judges": ["pesq>=0.0.4", "pocketsphinx>=5.0", "pystoi>=0.4.1"],

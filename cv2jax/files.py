@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -22,6 +23,12 @@ def utf8_path(path: str | os.PathLike[str], library: str) -> str:
     return text
 
 
+def temporary_beside(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A hidden name for `path` in the making that no other writer has: no thread, and no process of the same id elsewhere."""
+    path = pathlib.Path(path)
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], error: str) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end, on the disk by then, and disappears where anything fails.
@@ -29,7 +36,7 @@ def whole_file(path: str | os.PathLike[str], error: str) -> Iterator[BinaryIO]:
     Folders on the way are made. Raises UserError where it cannot be written: `error`, with the reason in place of `{reason}`.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -32,6 +32,7 @@ VERBS = {path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"main", "__ini
 # Third-party packages with only one home: package → files (or folders) that may import it.
 HOMES = {
     "orbax": ("train/checkpoint.py",),  # its v1 interface still moves between releases
+    "apache_beam": ("jobs/prepare_beam.py",),  # only in the extra [beam]
     "espeakng_loader": ("jobs/",),  # copyleft, and only in the extra [corpus]
     "tensorboardX": ("train/metrics.py",),
     "pyworld": ("audio/f0.py",),  # only in the extra [vocoder]

@@ -14,6 +14,7 @@ import numpy as np
 
 from cv2jax.config import UserError
 from cv2jax.data.shards import COLUMN_DTYPES, FORMAT_VERSION, Record, ShardSummary, ShardWriter, sync_directory
+from cv2jax.files import temporary_beside
 from cv2jax.text.characters import normalize_transcript
 
 
@@ -127,7 +128,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> bool:
     """Writes a file durably and all at once; returns False, touching nothing, where it already holds the same."""
     if path.is_file() and path.read_bytes() == data:
         return False
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -8,6 +8,7 @@
 Vectors are fp32 and raw: L2-normalise to compare them.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -71,6 +72,25 @@ def save_embeddings(
     with whole_file(path, f"{path}: cannot write ({{reason}}); make room or give another --out") as file:
         np.savez(file, allow_pickle=False, **arrays)
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def pack_embeddings(ids: Sequence[str], speakers: Sequence[str], embeddings: Float32[np.ndarray, "N E"]) -> bytes:
+    """The same bytes for the same utterances, their own speakers [N] and raw vectors: what a part of a job holds."""
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        allow_pickle=False,
+        ids=np.asarray(ids, np.str_),
+        speakers=np.asarray(speakers, np.str_),
+        embeddings=embeddings,
+    )
+    return buffer.getvalue()
+
+
+def unpack_embeddings(data: bytes) -> tuple[list[str], list[str], Float32[np.ndarray, "N E"]]:
+    """What `pack_embeddings` was given."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return arrays["ids"].tolist(), arrays["speakers"].tolist(), arrays["embeddings"]
 
 
 class EmbeddingFile:

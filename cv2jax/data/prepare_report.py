@@ -63,7 +63,7 @@ def write_report(
 
 def _read_notes(notes: list[pathlib.Path]) -> Iterator[dict[str, Any]]:
     for path in notes:
-        yield json.loads(path.read_text())
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def _markdown(report: dict[str, Any]) -> str:

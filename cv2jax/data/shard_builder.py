@@ -23,6 +23,7 @@ from cv2jax.config import DataConfig, UserError
 from cv2jax.data.corpus_index import ColumnCollector, ShardColumns, shard_name
 from cv2jax.data.manifest import Utterance, parse_utterance
 from cv2jax.data.shards import FORMAT_VERSION, Record, ShardSummary, ShardWriter, sync_and_hash
+from cv2jax.files import temporary_beside
 from cv2jax.text.characters import normalize_transcript
 
 LONG_SECONDS = 30.0  # the speech tokenizer's longest input in one piece; the loader leaves longer utterances out
@@ -102,7 +103,7 @@ def build_shard(task: ShardTask) -> ShardOutcome:
 
 def load_columns(path: pathlib.Path) -> ShardColumns | None:
     """Returns the index columns in a note, None where the shard holds no record."""
-    note = json.loads(path.read_text())
+    note = json.loads(path.read_text(encoding="utf-8"))
     if note["summary"] is None:
         return None
     return ShardColumns(summary=ShardSummary(**note["summary"]), **note["columns"])
@@ -167,7 +168,7 @@ def _stamp(file: str) -> tuple[int, int] | None:
 def _load_note(task: ShardTask, fingerprint: str) -> dict[str, Any] | None:
     """Returns the note where the finished shard can be kept."""
     try:
-        note = json.loads(task.note_path.read_text())
+        note = json.loads(task.note_path.read_text(encoding="utf-8"))
         if note["fingerprint"] != fingerprint:
             return None
         summary = note["summary"]
@@ -183,8 +184,8 @@ def _load_note(task: ShardTask, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _make_shard(task: ShardTask, lines: list[bytes], fingerprint: str) -> dict[str, Any]:
-    """Decodes, checks, resamples and writes; the void note goes first, the new one comes when the shard is durable."""
-    task.note_path.unlink(missing_ok=True)
+    """Decodes, checks, resamples and writes; a void note goes first, the new one comes when the shard is durable."""
+    _remove_void_note(task, fingerprint)
     writer, columns = ShardWriter(task.shard_path, task.split, task.options.encoding), ColumnCollector()
     refused: list[dict[str, Any]] = []
     warnings: list[dict[str, Any]] = []
@@ -219,10 +220,22 @@ def _make_shard(task: ShardTask, lines: list[bytes], fingerprint: str) -> dict[s
     return note
 
 
+def _remove_void_note(task: ShardTask, fingerprint: str) -> None:
+    """Removes a note of other lines, audio or options; one of the same may be another worker's, who was faster."""
+    try:
+        void = json.loads(task.note_path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        void = True
+    if void:
+        task.note_path.unlink(missing_ok=True)
+
+
 def _write_note(path: pathlib.Path, note: dict[str, Any]) -> None:
     """Writes a note all at once, not waiting for the disk: a note that a power cut takes costs only its shard's work."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(note, ensure_ascii=False))
+    temporary = temporary_beside(path)
+    temporary.write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -28,6 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int16
 
 from cv2jax.config import UserError
+from cv2jax.files import temporary_beside
 
 FORMAT_VERSION = 1
 ENCODINGS = ("flac", "pcm16")
@@ -117,7 +118,7 @@ class ShardWriter:
 
     def __init__(self, path: str | os.PathLike[str], split: str, encoding: str) -> None:
         self._path = pathlib.Path(path)
-        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(self._path)
         self._split = split
         self._encoding = encoding
         self._writer: ArrayRecordWriter | None = None  # opened by the first record: no record, no file

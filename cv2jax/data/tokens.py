@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cv2jax.config import UserError
+from cv2jax.files import temporary_beside
 
 SUFFIXES = (".jsonl", ".npz")
 METADATA = "metadata"  # the one name in an npz that is no id
@@ -38,7 +39,7 @@ class TokenWriter:
     def __init__(self, path: str | os.PathLike[str], metadata: dict[str, Any]) -> None:
         self.path = check_token_path(path)
         self._metadata = metadata
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._temporary, "wb")  # noqa: SIM115
@@ -54,16 +55,27 @@ class TokenWriter:
             with self._reported():
                 self._write_array(identity, speech_tokens)
             return
-        line = {
-            "id": identity,
-            "audio": audio,
-            "speech_tokens": speech_tokens.tolist(),
-            "num_frames": num_frames,
-            "seconds": seconds,
-            "tokenizer": self._metadata["tokenizer"],
-        }
         with self._reported():
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.write(
+                token_line(
+                    identity,
+                    audio,
+                    speech_tokens,
+                    num_frames=num_frames,
+                    seconds=seconds,
+                    tokenizer=self._metadata["tokenizer"],
+                )
+            )
+
+    def write_lines(self, lines: bytes) -> None:
+        """Adds the utterances of whole lines of `token_line`, whose tokenizer must be this file's."""
+        with self._reported():
+            if self._zip is None:
+                self._file.write(lines)
+                return
+            for line in lines.splitlines():
+                identity, speech_tokens, _ = _parse_line(line)
+                self._write_array(identity, speech_tokens)
 
     def close(self) -> None:
         """Puts the file in its place."""
@@ -105,6 +117,27 @@ class TokenWriter:
         np.lib.format.write_array(buffer, np.asarray(values), allow_pickle=False)
         # A fixed date: equal tokens, equal bytes.
         self._zip.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getbuffer())
+
+
+def token_line(
+    identity: str,
+    audio: str,
+    speech_tokens: Int32[np.ndarray, " L"],
+    *,
+    num_frames: int,
+    seconds: float,
+    tokenizer: str,
+) -> bytes:
+    """One utterance as a line of JSONL: `num_frames` log-mel frames (100 Hz), `seconds` of audio, the tokenizer's hash."""
+    line = {
+        "id": identity,
+        "audio": audio,
+        "speech_tokens": speech_tokens.tolist(),
+        "num_frames": num_frames,
+        "seconds": seconds,
+        "tokenizer": tokenizer,
+    }
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 def check_token_path(path: str | os.PathLike[str]) -> pathlib.Path:

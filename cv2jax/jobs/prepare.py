@@ -1,7 +1,8 @@
 """`cv2jax prepare`: from a manifest and audio files to a corpus of shards; parallel, resumable, idempotent.
 
 A second run on the same directory works like make: shards whose manifest lines, audio files and options are unchanged
-are kept, the others made again. Killed at any moment, it loses at most the shards in the making.
+are kept, the others made again. Killed at any moment, it loses at most the shards in the making. Shards depend on nothing
+but their task, so whoever sees the paths may make them: worker processes here, parts on other machines, or Apache Beam.
 """
 
 import contextlib
@@ -12,18 +13,21 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from cv2jax.audio.io import MIN_RATE_HZ
 from cv2jax.config import UserError
 from cv2jax.data.corpus_index import ShardColumns, shard_name, write_index, write_json
 from cv2jax.data.manifest import ManifestScan, scan_manifest
+from cv2jax.data.parts import Part
 from cv2jax.data.prepare_report import write_report
 from cv2jax.data.shard_builder import PrepareOptions, ShardOutcome, ShardTask, build_shard, load_columns, note_path
-from cv2jax.data.shards import ENCODINGS, Corpus
+from cv2jax.data.shards import ENCODINGS
+from cv2jax.jobs.parts import find_part
 from cv2jax.jobs.pool import Progress, num_cores, run_in_order
 from cv2jax.text.characters import CharacterVocabulary
 
@@ -62,13 +66,20 @@ def prepare(
     vocabulary: str | os.PathLike[str] | None = None,
     strict: bool = False,
     verify: bool = False,
+    part: str | None = None,
+    engine: str = "local",
+    beam_options: Sequence[str] = (),
 ) -> PrepareResult:
     """Makes the corpus `out` from `manifest`; bad utterances are refused and reported, the others kept.
 
     `workers` 0 takes every core, `shard_utterances` 0 a size by the number of utterances. `vocabulary` is a JSON list
     of characters that normalised text must keep to, or a run.json, which holds one. `strict` stops at the first bad
     utterance, `verify` hashes the shards that would be kept. The bytes written depend on manifest, audio and options
-    alone, not on `workers` or kills.
+    alone, not on `workers`, machines or kills.
+
+    `part` ("i/n", or "auto" under a launcher) only makes each n-th shard: machines that see the same paths share the work, and
+    the command without `part` then keeps their shards and writes index and report. `engine` "beam" has an Apache Beam
+    pipeline make the shards, on the runner of `beam_options`, else in `workers` processes here.
     Raises UserError, with what was finished kept, for options, files and splits that nothing can be made from.
     """
     start = time.monotonic()
@@ -76,27 +87,30 @@ def prepare(
     _check_options(rate_hz, encoding, workers, shard_utterances)
     options = PrepareOptions(rate_hz=rate_hz, encoding=encoding, vocabulary=_load_vocabulary(vocabulary))
     workers = workers or num_cores()
+    chosen = None if part is None else find_part(part)
+    build = _engine(engine, beam_options, chosen, workers)
     scan = scan_manifest(manifest, strict=strict)
-    with _locked(out):
+    with _locked(out, shared=chosen is not None):
         shard_utterances = _settle_options(out, options, shard_utterances, len(scan.line))
         plan = _plan(scan, shard_utterances)
-        tasks = _make_tasks(scan, plan, out, options, strict=strict, verify=verify)
-        outcomes = _run(tasks, total=len(scan.line), workers=min(workers, len(plan)))
-        changed = _finish(out, scan, plan, options)
-    index = Corpus(out).index
-    splits = index["splits"].values()
+        ours = plan if chosen is None else [plan[number] for number in chosen.blocks(len(plan))]
+        tasks = _make_tasks(scan, ours, out, options, strict=strict, verify=verify)
+        total = sum(last - first for _, _, first, last in ours)
+        outcomes = build(tasks, total=total, workers=max(min(workers, len(ours)), 1))
+        changed = chosen is None and _finish(out, scan, plan, options)
+    num_refused = sum(outcome.num_refused for outcome in outcomes)
     made = [outcome for outcome in outcomes if outcome.built]
     return PrepareResult(
-        num_utterances=sum(split["num_utterances"] for split in splits),
-        num_refused=len(scan.refused) + sum(outcome.num_refused for outcome in outcomes),
+        num_utterances=total - num_refused,
+        num_refused=num_refused + (len(scan.refused) if chosen is None else 0),
         num_warnings=sum(outcome.num_warnings for outcome in outcomes),
-        total_seconds=math.fsum(split["seconds"] for split in splits),
+        total_seconds=math.fsum(outcome.speech_seconds for outcome in outcomes),
         num_shards_made=len(made),
         num_shards_kept=len(outcomes) - len(made),
         speech_seconds=math.fsum(outcome.speech_seconds for outcome in made),
         wall_seconds=time.monotonic() - start,
         workers=workers,
-        peak_worker_bytes=max(outcome.peak_bytes for outcome in outcomes),
+        peak_worker_bytes=max((outcome.peak_bytes for outcome in outcomes), default=0),
         changed=changed or bool(made),
     )
 
@@ -110,6 +124,23 @@ def _check_options(rate_hz: int, encoding: str, workers: int, shard_utterances: 
         raise UserError(f"workers={workers}: give a number of processes, or 0 for one a core")
     if shard_utterances < 0:
         raise UserError(f"shard_utterances={shard_utterances}: give a number of utterances, or 0 for a size that fits")
+
+
+def _engine(
+    engine: str, beam_options: Sequence[str], part: Part | None, workers: int
+) -> Callable[..., list[ShardOutcome]]:
+    """What turns tasks into outcomes; UserError for an engine that is unknown, not installed or given what it cannot use."""
+    if engine not in ("local", "beam"):
+        raise UserError(f"engine={engine}: choose local or beam")
+    if engine == "local":
+        if beam_options:
+            raise UserError(f"{beam_options[0]}: options behind OUT are Beam's; give --engine beam with them")
+        return _run
+    if part is not None:
+        raise UserError("--part and --engine beam: choose one; Beam hands out the shards itself")
+    from cv2jax.jobs.prepare_beam import make_pipeline
+
+    return make_pipeline(beam_options, workers)
 
 
 def _load_vocabulary(path: str | os.PathLike[str] | None) -> frozenset[str] | None:
@@ -127,8 +158,11 @@ def _load_vocabulary(path: str | os.PathLike[str] | None) -> frozenset[str] | No
 
 
 @contextlib.contextmanager
-def _locked(out: pathlib.Path) -> Iterator[None]:
-    """Makes the directory ours: refuses one with other contents or another run at work; sweeps up after a kill."""
+def _locked(out: pathlib.Path, *, shared: bool) -> Iterator[None]:
+    """Makes the directory ours: refuses one with other contents or another run at work; sweeps up after a kill.
+
+    `shared` lets other parts in, and leaves their files alone.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a directory for the corpus")
     notes = out / ".prepare"
@@ -137,15 +171,19 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
     try:
         notes.mkdir(parents=True, exist_ok=True)
         (out / "shards").mkdir(exist_ok=True)
-        lock = open(notes / "lock", "w")  # noqa: SIM115 (held until the run ends)
+        lock = open(notes / "lock", "a+")  # noqa: SIM115 (held until the run ends)
     except OSError as error:
         raise UserError(f"{out}: cannot write there ({error.strerror})") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(f"{out}: another `cv2jax prepare` is at work there; wait for it or stop it") from None
-        for directory in (out, notes, out / "shards", out / "index"):
+        except OSError as error:  # a file system without locks: every write is whole and may be repeated
+            logging.warning(
+                "%s: cannot lock it (%s); run one command at a time there, parts aside", out, error.strerror
+            )
+        for directory in () if shared else (out, notes, out / "shards", out / "index"):
             for leftover in directory.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         try:

@@ -225,12 +225,12 @@ def test_a_killed_run_leaves_no_file_at_out(workdir: pathlib.Path, tmp_path: pat
     out.write_text("older\n")
     # The job waits for ever at its second input, and is killed there.
     code = (
-        "import sys, time; import cv2jax.jobs.encode as e\n"
-        "load = e.load_waveform\n"
+        "import sys, time; import cv2jax.jobs.encode as e; import cv2jax.jobs.encode_inputs as i\n"
+        "load = i.load_waveform\n"
         "def slow(path, rate):\n"
         "    if path.endswith('endless.wav'): time.sleep(600)\n"
         "    return load(path, rate)\n"
-        "e.load_waveform = slow\n"
+        "i.load_waveform = slow\n"
         "e.encode_audio(sys.argv[1], sys.argv[2:4], sys.argv[4], workers=1)\n"
     )
     command = [sys.executable, "-c", code, str(workdir), str(tmp_path / "a.wav"), str(pipe), str(out)]

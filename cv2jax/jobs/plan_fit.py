@@ -7,14 +7,7 @@ import jax
 from absl import logging
 
 from cv2jax.config import MeshConfig, TrainConfig, UserError, flatten, override
-from cv2jax.jobs.plan_compile import (
-    DoesNotFit,
-    Traced,
-    compile_step,
-    open_task,
-    scale_batch,
-    trace_step,
-)
+from cv2jax.jobs.plan_compile import DoesNotFit, Traced, compile_step, for_tpus, open_task, scale_batch, trace_step
 from cv2jax.jobs.plan_report import Report, batch_of, describe
 from cv2jax.parallel.presets import Preset, candidate_meshes, chip_of, find_preset, mesh_flags, preset_shape
 from cv2jax.parallel.sharding import num_batch_shards

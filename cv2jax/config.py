@@ -25,16 +25,28 @@ class UserError(Exception):
     exit_code = 2
 
 
+RULE_TABLES = ("fsdp", "hybrid", "replicated")  # of MeshConfig.rules; their tables are in cv2jax/parallel/sharding.py
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 for `data` means all that remain."""
+    """Devices along each mesh axis, -1 for `data` means all that remain; or a preset, which gives `data` and `fsdp`."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    preset: str = ""  # of cv2jax/parallel/presets.py: host, v5e-16, 2xv5e-256, gpu-8, …
+    rules: str = "fsdp"  # hybrid: fsdp must stay inside a slice or host; replicated: parameters whole on every device
 
     def validate(self) -> None:
-        """Raises UserError unless each axis is positive (`data` may be -1)."""
+        """Raises UserError unless each axis is positive (`data` may be -1), the table known and both fit together."""
+        if self.rules not in RULE_TABLES:
+            hint = _suggest(self.rules, RULE_TABLES)
+            raise UserError(f"mesh.rules={self.rules} is unknown{hint}; choose one of {', '.join(RULE_TABLES)}")
+        if self.preset and (self.data, self.fsdp) != (-1, 1):
+            raise UserError(f"mesh.preset={self.preset} gives mesh.data and mesh.fsdp: leave those, or the preset")
+        if self.rules == "replicated" and self.tensor != 1:
+            raise UserError(f"mesh.tensor={self.tensor}: mesh.rules=replicated splits no parameter; set 1, or fsdp")
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             if value < 1 and not (name == "data" and value == -1):

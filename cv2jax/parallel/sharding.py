@@ -1,4 +1,8 @@
-"""Logical axes to mesh axes: one table, strict about names, and every sharding derived from one abstract state."""
+"""Logical axes to mesh axes: few tables, strict about names, and every sharding derived from one abstract state.
+
+A mesh says which table it goes by (`rules_of`): one of another table than RULES has a last axis of size 1 of its name, so
+that whatever sees the mesh, a Pallas kernel inside a traced step too, splits arrays by the same table.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.linen import spmd
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")  # the batch is split over both: FSDP is data parallelism with the parameters split too
 
@@ -33,6 +37,22 @@ RULES: Rules = (
     ("conv", None),
 )
 
+# Parameters whole on every chip and the batch alone split: for models that are small beside a chip's memory.
+REPLICATED: Rules = tuple((name, axes if name == "batch" else None) for name, axes in RULES)
+# By the names of `MeshConfig.rules`; "hybrid" is the first one's on a mesh whose fsdp axis stays inside a slice or host.
+TABLES: dict[str, Rules] = {"fsdp": RULES, "hybrid": RULES, "replicated": REPLICATED}
+
+
+def rules_of(mesh: Mesh | AbstractMesh) -> Rules:
+    """The table that a mesh of `make_mesh` goes by; RULES for no mesh and for one of other axes."""
+    last = mesh.axis_names[-1] if mesh.axis_names else ""
+    return TABLES.get(last, RULES)
+
+
+def splits_parameters(mesh: Mesh) -> bool:
+    """Whether a mesh means to cut parameters up: some may stay whole because their sizes do not divide."""
+    return rules_of(mesh) is RULES and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation to its logical axes; outside `axis_rules` a no-op; an unknown axis is an error."""
@@ -42,8 +62,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def axis_rules() -> Any:
-    """Context in which `constrain` acts; enter it together with `jax.set_mesh(mesh)`."""
-    return nn.logical_axis_rules(RULES)
+    """Context in which `constrain` acts, by the table of the mesh; enter it after `jax.set_mesh(mesh)`."""
+    return nn.logical_axis_rules(rules_of(jax.sharding.get_abstract_mesh()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -78,12 +98,12 @@ def map_local(
     """function(*args) on each device's own part of the arrays: for kernels that XLA cannot split itself (Pallas).
 
     `axes` and `out_axes` are the logical axes of the arguments and of the result, split under the mesh of `jax.set_mesh`
-    by RULES; one that the mesh does not divide in every argument stays whole. Without a mesh a plain call.
+    by its table; one that the mesh does not divide in every argument stays whole. Without a mesh a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*args)
-    rules = dict(RULES)
+    rules = dict(rules_of(mesh))
     sizes = [
         (name, n) for array, names in zip(args, axes, strict=True) for name, n in zip(names, array.shape, strict=True)
     ]
@@ -112,7 +132,8 @@ def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, A
     """
     boxed = jax.eval_shape(init, jax.random.key(0))
     specs = nn.get_partition_spec(boxed)
-    known = {name for name, _ in RULES}
+    rules = rules_of(mesh)
+    known = {name for name, _ in rules}
     used = {
         a for s in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)) for a in s if a is not None
     }
@@ -122,7 +143,7 @@ def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, A
     shardings = jax.tree.map(
         lambda shape, sharding: _divisible(shape, sharding),
         shapes,
-        nn.logical_to_mesh_sharding(specs, mesh, list(RULES)),
+        nn.logical_to_mesh_sharding(specs, mesh, list(rules)),
     )
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings), shardings
 

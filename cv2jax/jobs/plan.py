@@ -1,0 +1,98 @@
+"""`cv2jax plan`: stages on machines that are not here, one after the other; reports on stdout and in files."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from absl import logging
+
+from cv2jax.config import TrainConfig, UserError
+from cv2jax.jobs import plan_matrix as matrix
+from cv2jax.jobs.plan_compile import (
+    DoesNotFit,
+    choose_mesh,
+    compile_step,
+    for_tpus,
+    open_task,
+    require_libtpu,
+    scale_batch,
+    trace_step,
+)
+from cv2jax.jobs.plan_fit import Fit, flags_of, search, table
+from cv2jax.jobs.plan_report import Report, describe, in_words, markdown
+from cv2jax.parallel.presets import Preset, parse_topology
+
+
+def plan(
+    configs: Sequence[TrainConfig],
+    topology: str,
+    *,
+    num_slices: int = 1,
+    batch_scale: float = 1.0,
+    fit: int = 0,
+    json_file: str | None = None,
+    markdown_file: str | None = None,
+) -> bool:
+    """Plans each config on a topology, prints the reports and writes them; whether all of them fit.
+
+    With `fit` each is searched for its fastest plan in so many compilations. A mistake in one config is a UserError.
+    """
+    preset = parse_topology(topology, num_slices)
+    require_libtpu()
+    reports = []
+    for config in configs:
+        config = scale_batch(config, batch_scale)
+        report = _search(config, preset, fit) if fit else plan_stage(config, preset)
+        print(in_words(report), flush=True)
+        if not report["fits"]:
+            print(f"  try         {mends(report)}", flush=True)
+        reports.append(report)
+    if json_file is not None:
+        _write(json_file, json.dumps(reports, indent=1) + "\n")
+    if markdown_file is not None:
+        _write(markdown_file, markdown(reports) + "\n")
+    return all(report["fits"] for report in reports)
+
+
+def plan_stage(config: TrainConfig, preset: Preset) -> Report:
+    """The report of one stage on one machine."""
+    config = for_tpus(config)
+    with open_task(config) as task:
+        traced = trace_step(choose_mesh(config, task, preset), task, preset)
+        logging.info("compiling %s for %s", config.name, preset.name)
+        try:
+            return describe(traced, compile_step(traced))
+        except DoesNotFit as failure:
+            return describe(traced, None, failure)
+
+
+def _search(config: TrainConfig, preset: Preset, compilations: int) -> Report:
+    found: Fit = search(config, preset, compilations)
+    print(table(found), flush=True)
+    if found.best is None:
+        raise UserError(f"{config.name}: nothing that was tried fits {preset.name}; give more chips, or --compilations")
+    print(f"use: {flags_of(found.best)}", flush=True)
+    return found.best.report
+
+
+def mends(report: Report) -> str:
+    """What makes a step smaller, for one that does not fit."""
+    tries = ["--fit", "a smaller --batch_scale"]
+    if report["rules"] == "replicated":
+        tries.insert(1, "--set mesh.preset=" + report["machine"] + " --set mesh.rules=hybrid")
+    if report["traced_flops"] <= 1.01 * report["model_flops"]:
+        tries.append("--set model.remat=full (language model: model.backbone.remat)")
+    return ", ".join(tries)
+
+
+def plan_matrix(out: pathlib.Path) -> bool:
+    """`plan_matrix.run`: every official stage on every machine; whether all of them fit."""
+    require_libtpu()
+    return matrix.run(out)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror}); give another file") from error

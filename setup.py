@@ -20,7 +20,6 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8; platform_system != 'Windows'",
-        "filelock>=3.13",  # JAX's compile cache is bounded with it
         "flatbuffers>=24.3",  # `jax.export` writes and reads programs with it
         "flax>=0.12.8",
         "grain>=0.2.18",

@@ -5,16 +5,16 @@ import pathlib
 import stat
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 
-import filelock
 import jax
 import pytest
 
 from cv2jax.cli import main
 from cv2jax.config import UserError
 from cv2jax.parallel import compile_cache
-from cv2jax.parallel.compile_cache import machine, mend, share_compiled, use_compile_cache
+from cv2jax.parallel.compile_cache import machine, share_compiled, tidy, use_compile_cache
 
 PLACE = "JAX_COMPILATION_CACHE_DIR"
 COMPILE = """
@@ -35,11 +35,9 @@ def _not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def settings() -> Iterator[None]:
     """JAX's settings are put back."""
-    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_share_binary_between_hosts")
-    before = {name: getattr(jax.config, name) for name in names}
+    before = jax.config.jax_compilation_cache_dir
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_it_lies_in_the_users_cache_alone_and_bounded(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -51,7 +49,6 @@ def test_it_lies_in_the_users_cache_alone_and_bounded(tmp_path: pathlib.Path, ca
         "XDG_CACHE_HOME": str(tmp_path),
         PLACE: str(directory),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 << 30),
     }
     assert not caplog.records
 
@@ -71,9 +68,9 @@ def test_the_users_settings_win(tmp_path: pathlib.Path) -> None:
         after = dict(before)
         use_compile_cache(after)
         assert after == before
-    sized = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_MAX_SIZE": "7"}
-    use_compile_cache(sized)
-    assert sized["JAX_COMPILATION_CACHE_MAX_SIZE"] == "7"
+    choosy = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}
+    use_compile_cache(choosy)
+    assert choosy["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "7"
 
 
 def test_an_unknown_wish_is_named() -> None:
@@ -101,25 +98,36 @@ def test_another_kind_of_cpu_has_another_directory(monkeypatch: pytest.MonkeyPat
     assert machine() != before
 
 
-def _entry(directory: pathlib.Path, key: str, *ends: str) -> None:
-    for end in ends:
-        (directory / f"{key}{end}").write_bytes(b"x")
+def _entry(directory: pathlib.Path, key: str, data: bytes, used: float = 0.0) -> pathlib.Path:
+    path = directory / f"{key}-cache"
+    path.write_bytes(data)
+    if used:
+        os.utime(path, (used, used))
+    return path
 
 
-def test_what_a_kill_left_half_written_goes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_cache, "_LOCK_SECONDS", 0.1)
-    _entry(tmp_path, "jit_whole-1", "-cache", "-atime")
-    _entry(tmp_path, "jit_torn-2", "-cache")
-    _entry(tmp_path, "jit_evicted-3", "-atime")
-    with filelock.FileLock(tmp_path / ".lockfile"):
-        mend(tmp_path)  # another process writes now: perhaps just these
-        assert len(list(tmp_path.glob("jit*"))) == 4
-    mend(tmp_path)
-    assert {path.name for path in tmp_path.glob("jit*")} == {"jit_whole-1-cache", "jit_whole-1-atime"}
+def test_what_a_kill_left_half_written_goes_and_each_entry_is_read_once(tmp_path: pathlib.Path) -> None:
+    whole = zlib.compress(bytes(1000))
+    _entry(tmp_path, "jit_whole-1", whole)
+    torn = [_entry(tmp_path, f"jit_torn-{i}", data) for i, data in enumerate((b"", whole[:-3], b"\x28\xb5\x2f\xfdx"))]
+    old = _entry(tmp_path, "jit_old-5", b"never asked again", used=1e9)
+    os.utime(tmp_path / "jit_whole-1-cache")
+    (tmp_path / ".tidied").touch()
+    tidy(tmp_path)
+    assert not any(path.exists() for path in torn)
+    assert {path.name for path in tmp_path.glob("jit*")} == {"jit_whole-1-cache", old.name}
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: pathlib.Path) -> None:
+    data = zlib.compress(os.urandom(1000))
+    for key, used in (("jit_b", 2e9), ("jit_a", 1e9), ("jit_c", 3e9)):
+        _entry(tmp_path, key, data, used)
+    tidy(tmp_path, max_bytes=2 * len(data))
+    assert {path.name for path in tmp_path.glob("jit*")} == {"jit_b-cache", "jit_c-cache"}
 
 
 def test_programs_are_kept_and_damage_does_no_harm(tmp_path: pathlib.Path) -> None:
-    """Two processes at once, then one with what they left, then one with damaged entries, then one with torn ones."""
+    """Two processes at once, then one with what they left, one with entries damaged later, one with entries torn now."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERSIST"))}
     ours |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
 
@@ -141,13 +149,14 @@ def test_programs_are_kept_and_damage_does_no_harm(tmp_path: pathlib.Path) -> No
     entries = list(directory.glob("*-cache"))
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[:-20])
+        os.utime(entry, (1e9, 1e9))  # as if it had been found whole before
     hits, errors = finish(start())
     assert hits == "0"
     assert "Error reading persistent compilation cache entry" in errors
     for entry in entries:
-        entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
+        os.utime(entry)
     assert finish(start()) == ("0", "")
-    assert finish(start())[0] == again
+    assert finish(start()) == (again, "")
 
 
 def test_the_processes_of_a_run_share_a_directory_of_it(tmp_path: pathlib.Path, settings: None) -> None:
@@ -157,8 +166,6 @@ def test_the_processes_of_a_run_share_a_directory_of_it(tmp_path: pathlib.Path, 
     share_compiled(tmp_path / "compiled", first=True)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled" / machine())
     assert (tmp_path / "compiled" / machine()).is_dir()
-    share_compiled(tmp_path / "compiled", first=False)
-    assert jax.config.jax_compilation_cache_max_size == -1  # takes no locks
     assert not jax.config.jax_share_binary_between_hosts
 
 

@@ -25,11 +25,10 @@ import pathlib
 
 from absl import flags
 
-from cv2jax.config import UserError, load_config, override
+from cv2jax.config import UserError
 
 USAGE = "CONFIG... --topology v5e:16x16 [--slices N] [--set key=value]... [--fit] | --matrix --out DIR"
 EXIT_DOES_NOT_FIT = 4
-OFFICIAL = ("speech_tokenizer", "text_speech_lm", "flow_matching", "hift_vocoder", "speaker_encoder")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -62,13 +61,11 @@ def main(args: list[str], values: flags.FlagValues) -> int:
         raise UserError(f"expected a CONFIG, several or all; usage: cv2jax plan {USAGE}")
     if values.topology is None:
         raise UserError("--topology is missing: give a slice such as v5e:4x4, or v5p-128")
-    names = [f"{stage}_official" for stage in OFFICIAL] if args == ["all"] else args
-    assignments = ([] if values.corpus is None else [f"data.corpus={values.corpus}"]) + list(values.set)
-    configs = [override(load_config(name), assignments) for name in names]
-    from cv2jax.jobs.plan import plan
+    corpus = [] if values.corpus is None else [f"data.corpus={values.corpus}"]
+    from cv2jax.jobs.plan import load_stages, plan
 
     fits = plan(
-        configs,
+        load_stages(args, corpus + values.set),
         values.topology,
         num_slices=values.slices,
         batch_scale=values.batch_scale,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from cv2jax.config import TrainConfig, UserError
+from cv2jax.config import TrainConfig, UserError, load_config, override
 from cv2jax.jobs import plan_matrix as matrix
 from cv2jax.jobs.plan_compile import (
     DoesNotFit,
@@ -21,6 +21,12 @@ from cv2jax.jobs.plan_compile import (
 from cv2jax.jobs.plan_fit import Fit, flags_of, search, table
 from cv2jax.jobs.plan_report import Report, describe, in_words, markdown
 from cv2jax.parallel.presets import Preset, parse_topology
+
+
+def load_stages(names: Sequence[str], assignments: Sequence[str]) -> list[TrainConfig]:
+    """The configs of these names, of the official stages for "all", each with the assignments."""
+    found = [f"{stage}_official" for stage in matrix.STAGES] if list(names) == ["all"] else names
+    return [override(load_config(name), assignments) for name in found]
 
 
 def plan(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cv2jax.config import MeshConfig, UserError, override, validate
+from cv2jax.config import MeshConfig, UserError, from_dict, override, validate
 from cv2jax.parallel.chips import CHIPS, find_chip
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.presets import (
@@ -109,6 +109,10 @@ def test_a_preset_is_for_as_many_devices_as_there_are():
 def test_what_does_not_go_together(sets, message):
     with pytest.raises(UserError, match=message):
         validate(override(MeshConfig(), sets))
+
+
+def test_a_mesh_of_before_presets_is_the_same():
+    assert from_dict(MeshConfig, {"data": -1, "fsdp": 4, "tensor": 1}) == MeshConfig(fsdp=4)
 
 
 def boxed(key):

@@ -62,4 +62,5 @@ def get_config() -> TrainConfig:
         evaluate_every=410,
         evaluate_utterances=0,
         save_every=410,
+        expected=("evaluate log_spectral_distance 820 8 13",),
     )

@@ -41,4 +41,5 @@ def get_config() -> TrainConfig:
         evaluate_every=225,
         evaluate_utterances=0,
         save_every=75,
+        expected=("evaluate cer 450 0 0.12",),
     )

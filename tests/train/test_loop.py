@@ -262,7 +262,7 @@ def test_a_stop_before_the_first_step_compiles_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["_checkpointer.save_checkpointables_async", "_checkpointer.wait"])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, where):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing [OS error 28: ENOSPC No space left on device]")
 
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:

@@ -28,6 +28,7 @@ BUSY = ("data_seconds", "compute_seconds")
 ALL = (*BUSY, "save_seconds", "evaluate_seconds")
 MIN_LINES = 10  # below that nothing is said about a curve
 STALE_SECONDS = 900
+MUCH_CLIPPED = 4  # norms in clip_norm: below that a clip that always acts is a choice, as the tiny vocoder's
 NUM_STOPS = 3  # of the language model, behind the speech tokens
 RATE = "lower optimizer.learning_rate, or lengthen optimizer.warmup_steps"
 
@@ -161,7 +162,7 @@ def _check_gradient(run: Run) -> Iterator[Finding]:
         at = int(steps[int(np.argmax(smooth > 10 * usual))])
         yield Finding(fault="learning rate", evidence=evidence, mend=RATE, score=0.88, panel="gradient", step=at)
     clipped = float(np.mean(norms > clip))
-    if clipped > 0.95:
+    if clipped > 0.95 and np.median(norms) > MUCH_CLIPPED * clip:
         evidence = (
             f"{clipped:.0%} of the gradients are clipped (norm {np.median(norms):.3g}, optimizer.clip_norm {clip:g})"
         )

@@ -34,6 +34,7 @@ class Tracer:
         self._place, self._stop, self._enabled = workdir / "profile", stop, enabled
         self._steps = steps
         self._first: int | None = None  # step of the trace that is being taken
+        self._last = 0  # step that it has
 
     def __enter__(self) -> "Tracer":
         return self
@@ -42,7 +43,7 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._first is not None:
-            self._finish(self._first)
+            self._finish()
 
     def before(self, step: int) -> None:
         """Starts a trace where one is due; call it before each step."""
@@ -60,11 +61,12 @@ class Tracer:
 
     def after(self, step: int, metrics: Any) -> None:
         """Ends the trace behind its last step, once the device has done it."""
+        self._last = step
         if self._first is not None and step + 1 not in self._steps:
             jax.block_until_ready(metrics)
-            self._finish(step)
+            self._finish()
 
-    def _finish(self, step: int) -> None:
+    def _finish(self) -> None:
         first, self._first = self._first, None
         try:
             jax.profiler.stop_trace()
@@ -73,7 +75,7 @@ class Tracer:
             return
         self._steps = range(0)
         logging.info(
-            "profiler trace of steps %d to %d is in %s; %s", first, step, self._place, _OPEN.format(self._place)
+            "profiler trace of steps %d to %d is in %s; %s", first, self._last, self._place, _OPEN.format(self._place)
         )
 
     def _give_up(self, error: Exception) -> None:

@@ -160,7 +160,7 @@ def plant_explosion(made):
 
 
 def plant_clipping(made):
-    late(made, lambda line: {"grad_norm": 9.0 * made.noise()}, after=0)
+    late(made, lambda line: {"grad_norm": 45.0 * made.noise()}, after=0)
 
 
 def plant_non_finite(made):

@@ -166,7 +166,8 @@ def test_another_config_is_refused_and_a_free_key_is_not(unbroken):
         run(unbroken, other)
     with pytest.raises(UserError, match="data: corpus: 'one' → 'two'"):
         run(unbroken, corpus="two")
-    assert run(unbroken, toy_config(log_every=7)) == 0
+    free = {"stuck_seconds": 60.0, "profile_steps": "2:3", "expected": ("train loss 9 0 1",)}
+    assert run(unbroken, toy_config(log_every=7, **free)) == 0
 
 
 def test_a_checkpoint_of_another_model_lists_the_leaves(unbroken):

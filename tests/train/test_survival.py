@@ -23,6 +23,13 @@ from tests.train.test_loop import final_state, record, run, unbroken
 from tests.train.toy import toy_config
 
 __all__ = ["unbroken"]  # the fixture
+pytestmark = pytest.mark.usefixtures("_no_curves")
+
+
+@pytest.fixture
+def _no_curves(monkeypatch):
+    """They take longer than the run."""
+    monkeypatch.setattr("cv2jax.train.recorder.draw_curves", lambda *arguments: None)
 
 
 def assert_same(workdir, unbroken):

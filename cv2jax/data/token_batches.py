@@ -102,7 +102,7 @@ class TokenBatches:
             bucket=0,
             num_utterances=sum(map(len, rows)),
             used=float(np.count_nonzero(local["segments"])),
-            slots=local["segments"].size,
+            slots=float(local["segments"].size),
             unit="tokens",
         )
 

@@ -179,6 +179,10 @@ class TrainConfig:
     evaluate_utterances: int = 256  # held-out utterances each evaluation decodes; 0 decodes them all
     save_every: int = 200
     keep_checkpoints: int = 2
+    stuck_seconds: float = 1800.0  # a step that takes longer ends the process, to be started again; 0: no watchdog
+    profile_steps: str = ""  # first:end of a profiler trace, such as 100:105; SIGUSR1 traces a running process
+    wandb: str = ""  # project on Weights & Biases, where the package wandb is installed; or CV2JAX_WANDB
+    expected: tuple[str, ...] = ()  # "KIND NAME STEP LOW HIGH", where a metric lay by then; for `cv2jax doctor`
 
     def validate(self) -> None:
         """Raises UserError for counts that are not positive."""
@@ -187,8 +191,9 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed}: must lie in 0 … 2³² - 1")
-        if self.evaluate_utterances < 0:
-            raise UserError(f"evaluate_utterances={self.evaluate_utterances}: must be 0 (all) or more")
+        for name in ("evaluate_utterances", "stuck_seconds"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 (all; none) or more")
 
 
 def validate(config: Any) -> None:

@@ -44,4 +44,6 @@ def get_config() -> TrainConfig:
         evaluate_every=750,
         evaluate_utterances=0,
         save_every=375,
+        # On the embedded corpus of `cv2jax quickstart`.
+        expected=("evaluate streamed_ratio 750 0.6 0.85", "evaluate offline_ratio 750 0.6 0.85"),
     )

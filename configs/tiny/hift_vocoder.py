@@ -62,4 +62,11 @@ def get_config() -> TrainConfig:
         evaluate_every=410,
         evaluate_utterances=0,
         save_every=410,
+        # On the embedded corpus of `cv2jax quickstart`.
+        expected=(
+            "train mel_l1 100 0.75 1.2",
+            "train mel_l1 400 0.55 0.85",
+            "evaluate log_spectral_distance 410 9 13",
+            "evaluate log_spectral_distance 820 8 12",
+        ),
     )

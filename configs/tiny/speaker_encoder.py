@@ -35,4 +35,5 @@ def get_config() -> TrainConfig:
         evaluate_every=50,
         evaluate_utterances=0,
         save_every=150,
+        expected=("evaluate eer 100 0.04 0.2", "evaluate eer 300 0 0.05"),
     )

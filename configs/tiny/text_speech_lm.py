@@ -41,4 +41,11 @@ def get_config() -> TrainConfig:
         evaluate_every=225,
         evaluate_utterances=0,
         save_every=75,
+        # On the embedded corpus of `cv2jax quickstart`.
+        expected=(
+            "train nll 105 3.0 4.8",
+            "train nll 225 2.0 3.2",
+            "evaluate cer 225 0.08 0.4",
+            "evaluate cer 450 0 0.12",
+        ),
     )

@@ -18,6 +18,7 @@ over --repeats are printed as a Markdown table, and written as JSON to --out. Co
   synth     requests through all stages: first audio, real-time factor, hops, what a player waits, the time of each stage;
             text in hand and arriving, --concurrent N at once; tiny: a soak of 200 mixed requests. Of random parameters, or
             of a model directory (--run) and its first voice
+  overhead  percent that an async save every 50 steps, and logging, add to training steps of at least 200 ms, in pairs
 
 On a CPU lm-train and lm-decode have official width, 4 layers and fp32. They and flow-offline race PyTorch there on the same
 weights, repeats in turn (pip install 'cv2jax[official]'; --against '' goes without); elsewhere bf16, ours alone. synth of
@@ -33,7 +34,10 @@ from absl import flags as absl_flags
 
 from cv2jax.config import UserError
 
-USAGE = "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|vocoder|synth|all} [flags]"
+USAGE = (
+    "{prepare|encode|train|loader|lm-train|lm-decode|flow-train|flow-offline|flow-stream|vocoder|synth|overhead|all}"
+    " [flags]"
+)
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:

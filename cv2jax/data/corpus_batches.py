@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from cv2jax.audio.mel import MEL_RATE_HZ
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, num_token_slots
+from cv2jax.data.content import BatchContent
 from cv2jax.data.f0 import F0File
 from cv2jax.data.loader import make_evaluation_batches, make_loader
 from cv2jax.data.plan import Plan, make_plan
@@ -171,6 +172,18 @@ class CorpusBatches:
         with make_evaluation_batches(*source, **options, embeddings=self.embeddings) as loader:
             for index, batch in loader:
                 yield self._judged_plan.buckets[self._judged_plan.evaluation_batch(index)[0]].batch_size, batch
+
+    def content(self, step: int, local: Batch) -> BatchContent:
+        """What a step's batch holds, of which this process has the rows `local`."""
+        epoch, bucket, rows = self.plan.batch(step)
+        return BatchContent(
+            epoch=epoch,
+            bucket=bucket,
+            num_utterances=len(rows),
+            used=float(np.sum(local["num_samples"], where=local["row_mask"])) / self.rate_hz,
+            slots=local["waveform"].size / self.rate_hz,
+            unit="audio_seconds",
+        )
 
     def utterance_ids(self, step: int) -> list[str]:
         """Manifest ids of a step's rows."""

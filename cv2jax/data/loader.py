@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float32, Int64
 
-from cv2jax.config import UserError
+from cv2jax.config import DataConfig, UserError
 from cv2jax.data.batch import Batch, EncodeText, batch_spec, collate, num_token_slots
 from cv2jax.data.buckets import Bucket
 from cv2jax.data.f0 import F0File
@@ -180,6 +180,16 @@ def _prepare_worker(_index: int, _count: int) -> None:
 def _exit_after(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
+
+
+def faster_loading(data: DataConfig) -> str:
+    """Which settings make a loader of this config deliver more, most likely first."""
+    if data.num_workers:
+        return f"raise data.num_workers (now {data.num_workers}) up to this host's cores, then data.prefetch ({data.prefetch})"
+    return (
+        f"set data.num_workers to some of this host's cores (now 0: {data.num_threads} data.num_threads of the main process"
+        f" read), or raise data.num_threads and data.prefetch ({data.prefetch})"
+    )
 
 
 class Loader:

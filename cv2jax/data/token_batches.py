@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int64
 
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch
+from cv2jax.data.content import BatchContent
 from cv2jax.data.loader import Loader
 from cv2jax.data.packed_batch import bistream_coins, pack_rows
 from cv2jax.data.packing import PackedRows, PackingPlan, make_packing
@@ -92,6 +93,18 @@ class TokenBatches:
         fits = text + speech + self._overhead <= self._config.data.row_length
         usable = np.flatnonzero((text > 0) & (speech > 0) & fits)
         return [self.held_out.read(int(usable[row])) for row in spread_rows(len(usable), count)]
+
+    def content(self, step: int, local: Batch) -> BatchContent:
+        """What a step's batch holds, of which this process has the rows `local`."""
+        epoch, rows = self.plan.batch(step)
+        return BatchContent(
+            epoch=epoch,
+            bucket=0,
+            num_utterances=sum(map(len, rows)),
+            used=float(np.count_nonzero(local["segments"])),
+            slots=float(local["segments"].size),
+            unit="tokens",
+        )
 
     def utterance_ids(self, step: int) -> list[str]:
         """Of each row of a step's global batch, the manifest ids of the utterances in it."""

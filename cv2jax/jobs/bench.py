@@ -21,7 +21,18 @@ from cv2jax.config import UserError
 from cv2jax.jobs.bench_options import SIZES, BenchOptions, Measurement
 
 FLOW_BENCHES = ("flow-train", "flow-offline", "flow-stream")
-BENCHES = ("prepare", "encode", "train", "loader", "lm-train", "lm-decode", *FLOW_BENCHES, "vocoder", "synth")
+BENCHES = (
+    "prepare",
+    "encode",
+    "train",
+    "loader",
+    "lm-train",
+    "lm-decode",
+    *FLOW_BENCHES,
+    "vocoder",
+    "synth",
+    "overhead",
+)
 _MODULES = {**dict.fromkeys(FLOW_BENCHES, "bench_flow"), "vocoder": "bench_vocoder", "synth": "bench_synth"}
 _RACES = ("lm-train", "lm-decode", "flow-offline")  # against PyTorch
 
@@ -102,7 +113,7 @@ def _parts(what: str, options: BenchOptions) -> list[str]:
     """The processes to start: encode has one a size; train and loader share a corpus that another one makes."""
     parts: list[str] = []
     for name in BENCHES if what == "all" else (what,):
-        if name in ("train", "loader") and not options.corpus and "corpus" not in parts:
+        if name in ("train", "loader", "overhead") and not options.corpus and "corpus" not in parts:
             parts.append("corpus")
         parts += [f"encode:{size}" for size in SIZES if options.size in ("", size)] if name == "encode" else [name]
         if name == "loader" and options.utterances:

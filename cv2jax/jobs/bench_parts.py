@@ -29,6 +29,7 @@ from cv2jax.data.plan import make_plan
 from cv2jax.data.shards import Corpus
 from cv2jax.jobs.bench_lm import measure_lm_decode, measure_lm_train
 from cv2jax.jobs.bench_options import BenchOptions, Measurement
+from cv2jax.jobs.bench_overhead import measure_overhead
 from cv2jax.models.speech_tokenizer.config import official, tiny
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder
 from cv2jax.parallel.distributed import global_batch
@@ -51,9 +52,9 @@ def measure(part: str, options: BenchOptions, place: pathlib.Path) -> list[Measu
     name, _, size = part.partition(":")
     if name == "encode":
         return measure_encode(options, size)
-    if name in ("lm-train", "lm-decode"):
-        figures = {"lm-train": measure_lm_train, "lm-decode": measure_lm_decode}[name](options, place)
-        return [make_measurement(name, *figure) for figure in figures]
+    if name in ("lm-train", "lm-decode", "overhead"):
+        measures = {"lm-train": measure_lm_train, "lm-decode": measure_lm_decode, "overhead": measure_overhead}
+        return [make_measurement(name, *figure) for figure in measures[name](options, place)]
     parts: dict[str, Callable[[BenchOptions, pathlib.Path], list[Measurement]]] = {
         "corpus": make_corpus,
         "prepare": measure_prepare,

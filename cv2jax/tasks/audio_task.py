@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from cv2jax.data.batch import Batch, EncodeText
+from cv2jax.data.content import BatchContent
 from cv2jax.data.corpus_batches import CorpusBatches
 
 
@@ -37,6 +38,14 @@ class AudioTask:
     def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
         """This process's rows of each step's batch."""
         return self._data.training(start_step, num_steps, mesh, self._encode_text)
+
+    def content(self, step: int, local: Batch) -> BatchContent:
+        """What a step's batch holds."""
+        return self._data.content(step, local)
+
+    def planned_padding(self) -> float:
+        """Padding share of an epoch."""
+        return self._data.plan.stats.padding_share
 
     def utterance_ids(self, step: int) -> list[str]:
         """Manifest ids of a step's rows."""

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from cv2jax.config import TrainConfig, UserError
 from cv2jax.data.batch import Batch
+from cv2jax.data.content import BatchContent
 from cv2jax.data.token_batches import LayOut, TokenBatches
 from cv2jax.data.token_corpus import TEXT_TOKENIZER
 from cv2jax.evaluation.free_running import mean_metrics
@@ -119,6 +120,14 @@ class TextSpeechLmTask:
     def batches(self, start_step: int, num_steps: int, mesh: Mesh) -> Iterator[tuple[int, int, Batch]]:
         """This process's rows of each step's batch."""
         return self._data.training(start_step, num_steps, mesh, self._lay_out)
+
+    def content(self, step: int, local: Batch) -> BatchContent:
+        """What a step's batch holds."""
+        return self._data.content(step, local)
+
+    def planned_padding(self) -> float:
+        """Padding share of an epoch."""
+        return 1 - self._data.plan.fill
 
     def utterance_ids(self, step: int) -> list[str]:
         """Manifest ids of the utterances in each of a step's rows."""

@@ -1,7 +1,8 @@
 """Checkpoints through Orbax v1: the one file that knows it (v1 still moves names between releases)."""
 
 import contextlib
-import logging
+import itertools
+import logging as standard_logging
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -10,19 +11,30 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
 from cv2jax.files import utf8_path
 from cv2jax.train.disk import full_disk_reported
+from cv2jax.train.hashes import state_hash
 
 _CHUNK_BYTES = 1 << 26  # of a file of an array, where memory is short
 _READ_AT_ONCE = 1 << 28  # bytes of arrays: Orbax holds as much again of what it is reading
 _NAME = "state"  # always named: the default name differs between Orbax releases
+_HASH = "state_hash"  # in a checkpoint's own description
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read, or whose state is not the one that was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: `directory/<step>`, written asynchronously and atomically, the newest `keep` kept."""
+    """The checkpoints of a run: `directory/<step>`, written asynchronously and atomically, the newest `keep` kept.
+
+    Each names the hash of its state, so that any bit of it that changes on the disk is noticed.
+    """
 
     def __init__(self, directory: pathlib.Path, *, keep: int) -> None:
         if directory.exists() and not directory.is_dir():
@@ -52,10 +64,16 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: Any) -> None:
-        """Copies the state to the host, then writes in the background; a second save waits for the first."""
+        """Copies the state to the host, then writes in the background.
+
+        It blocks for the copy and, only where the save before is still being written, for the rest of that: none is
+        dropped. With saves further apart than the disk needs for one, the copy is all that the step waits for.
+        """
         with full_disk_reported(self._directory):
             self._checkpointer.wait()  # raises what a failed background save raised
-            self._checkpointer.save_checkpointables_async(step, {_NAME: state})
+            sealed: Any = {_HASH: state_hash(state)}
+            if not self._checkpointer.save_checkpointables_async(step, {_NAME: state}, custom_metadata=sealed):
+                raise RuntimeError(f"Orbax refused to save step {step}; the newest is {self.latest_step}")
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises if it failed."""
@@ -63,11 +81,67 @@ class Checkpoints:
             self._checkpointer.wait()
 
     def load(self, abstract: Any, step: int | None = None) -> Any:
-        """The state of a step (default: newest) in the shapes and shardings of `abstract`.
+        """The state of a step (default: newest) in the shapes and shardings of `abstract`; call it on every process.
 
-        Raises UserError where the checkpoint is of another model (every leaf is listed) or damaged.
+        Raises UserError where the checkpoint is of another model (every leaf is listed); `Damaged`, on all processes, where
+        one of them cannot read its part.
         """
-        return _load(self._checkpointer, self._directory, abstract, step, partial=False)
+        step = self.latest_step if step is None else step
+        place, damage, state, sealed = self._directory / str(step), None, None, None
+        try:
+            state, sealed = _load(self._checkpointer, self._directory, abstract, step, partial=False)
+        except Damaged as error:
+            damage = error
+        failed = _processes_with(damage is not None)
+        if failed:
+            raise damage or Damaged(f"checkpoint {place} is damaged (process {failed[0]} cannot read it); remove it")
+        with _damage_reported(place):  # all processes together, now that all have it
+            if sealed is not None and state_hash(state) != sealed:
+                raise ValueError("its state is not the one that was saved")
+        return state
+
+    def restore(self, abstract: Any) -> tuple[Any, int] | None:
+        """(state, step) of the newest checkpoint that every process can read; None without any.
+
+        Newer ones that are damaged are told, in one line, and moved aside so that their steps can be saved again. Call it
+        on every process. Raises `Damaged` where none can be read; then nothing is moved.
+        """
+        steps = sorted((info.step for info in self._checkpointer.checkpoints), reverse=True)
+        reason = ""  # of the newest
+        for tried, step in enumerate(steps):
+            try:
+                state = self.load(abstract, step)
+            except Damaged as damage:
+                reason = reason or str(damage).partition("; remove")[0]
+                continue
+            if tried:
+                aside = self._set_aside(steps[:tried])
+                if jax.process_index() == 0:
+                    logging.warning("%s: going on from step %d; it is kept in %s", reason, step, aside)
+            return state, step
+        if steps:
+            raise Damaged(f"{reason}, and no other can be read; give another --workdir, or move {self._directory} away")
+        return None
+
+    def _set_aside(self, steps: list[int]) -> pathlib.Path:
+        """Moves checkpoints to `<directory>-damaged`, which it returns."""
+        aside = self._directory.with_name(f"{self._directory.name}-damaged")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                names = itertools.chain([str(step)], (f"{step}.{again}" for again in itertools.count(2)))
+                target = next(aside / name for name in names if not (aside / name).exists())
+                (self._directory / str(step)).rename(target)
+        _processes_with(False)  # all wait for the move
+        self._checkpointer.reload()
+        return aside
+
+
+def _processes_with(condition: bool) -> list[int]:
+    """The processes for which it holds, the same answer on all; each must call it."""
+    if jax.process_count() == 1:
+        return [0] if condition else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
 
 
 def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:
@@ -95,7 +169,7 @@ def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:
 @contextlib.contextmanager
 def _nothing_to_merge() -> Iterator[None]:
     """Keeps Orbax from warning that files of its other format, which were not asked for, are not there."""
-    logger = logging.getLogger("absl")
+    logger = standard_logging.getLogger("absl")
     is_news = lambda record: "Skipping merge of OCDBT" not in record.getMessage()  # noqa: E731
     logger.addFilter(is_news)
     try:
@@ -107,34 +181,43 @@ def _nothing_to_merge() -> Iterator[None]:
 def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
     """Only the part of a checkpoint's state that `abstract` (nested dicts) names, for instance {'params': {'encoder': …}}.
 
-    Peak memory is what is loaded, and as much as its largest array beside it. None stands for what is not wanted.
+    Peak memory is what is loaded, and twice its largest array beside it. None stands for what is not wanted.
     Raises UserError where there is no checkpoint, or where the newest is of another model or damaged.
     """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax"), context=context) as checkpointer:
+    with ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax")) as checkpointer:
         if checkpointer.latest is None:
             raise UserError(f"no checkpoint in {directory}; train first, or give the directory of a run")
-        return _load(checkpointer, directory, abstract, step, partial=True)
+        return _load(checkpointer, directory, abstract, step, partial=True)[0]
 
 
-def _load(checkpointer: Any, directory: pathlib.Path, abstract: Any, step: int | None, *, partial: bool) -> Any:
-    """The state of a step (default: newest), all or, if `partial`, the leaves that `abstract` has."""
+def _load(
+    checkpointer: Any, directory: pathlib.Path, abstract: Any, step: int | None, *, partial: bool
+) -> tuple[Any, int | None]:
+    """(state of a step (default: newest), its hash when it was saved); if `partial`, of the leaves that `abstract` has.
+
+    The hash is None where an earlier release saved it, and for imported weights.
+    """
     place = directory / str(checkpointer.latest.step if step is None else step)
     with _damage_reported(place):
-        saved = _shapes(checkpointer.checkpointables_metadata(step).metadata.get(_NAME))
+        description = checkpointer.checkpointables_metadata(step)
+        saved = _shapes(description.metadata.get(_NAME))
         if not saved:  # Orbax logs what it cannot read of it, and says no more
             raise ValueError("its description cannot be read")
     _check_shapes(_shapes(abstract), saved, place, partial=partial)
+    # Each process by itself: else those that can read their part would wait for those that cannot.
+    alone = ocp.Context()
+    alone.pytree.loading.partial_load = partial
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
     leaves, structure = jax.tree.flatten(abstract)
     loaded: list[Any] = [None] * len(leaves)
-    with _damage_reported(place):
-        for part in _parts(leaves) if partial else [range(len(leaves))]:
+    with _damage_reported(place), alone:
+        for part in _parts(leaves) if partial else [set(range(len(leaves)))]:
             wanted = structure.unflatten([leaf if i in part else None for i, leaf in enumerate(leaves)])
-            read = checkpointer.load_checkpointables(step, {_NAME: wanted})[_NAME]
+            read = ocp.load_checkpointables(utf8_path(place.resolve(), "Orbax"), {_NAME: wanted})[_NAME]
             for i, array in zip(sorted(part), jax.tree.leaves(read), strict=True):
                 loaded[i] = array
-    return structure.unflatten(loaded)
+    return structure.unflatten(loaded), (description.custom_metadata or {}).get(_HASH)
 
 
 def _parts(leaves: Sequence[Any]) -> list[set[int]]:
@@ -161,7 +244,7 @@ def _damage_reported(place: pathlib.Path) -> Iterator[None]:
         if isinstance(cause, KeyboardInterrupt | MemoryError) or "RESOURCE_EXHAUSTED" in str(cause):
             raise cause from None
         reason = (str(cause).splitlines() or [type(cause).__name__])[0].split(". See full")[0][:120]
-        raise UserError(
+        raise Damaged(
             f"checkpoint {place} is damaged ({reason}); remove that folder and give the same command: "
             "it goes on from the one before"
         ) from error

@@ -12,8 +12,9 @@ import optax
 from jaxtyping import Array, Float
 
 from cv2jax.parallel.sharding import constrain
+from cv2jax.train.hashes import batch_hash
 from cv2jax.train.state import TrainState, combine, init_train_state
-from cv2jax.train.step import Batch, Metrics, StepFunction, batch_hash
+from cv2jax.train.step import Batch, Metrics, StepFunction
 
 GENERATOR, DISCRIMINATORS = "generator", "discriminators"
 

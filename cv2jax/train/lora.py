@@ -26,8 +26,8 @@ from cv2jax.config import LoraConfig, UserError, differences, from_dict, to_dict
 from cv2jax.parallel.distributed import to_host
 from cv2jax.parallel.sharding import replicated
 from cv2jax.train.disk import full_disk_reported
+from cv2jax.train.hashes import batch_hash
 from cv2jax.train.state import IsTrained, combine, partition
-from cv2jax.train.step import batch_hash
 
 LORA = "lora"  # the branch of the parameters that holds the factors
 _FORMAT = "cv2jax-lora-1"  # the only key of a side file's metadata: of several the order is not kept

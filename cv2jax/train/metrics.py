@@ -1,7 +1,8 @@
-"""Metrics of a run: JSON lines (the record), TensorBoard events and a PNG of curves (the view)."""
+"""Metrics of a run: JSON lines (the record), TensorBoard events, W&B where asked, and a PNG of curves (the view)."""
 
 import json
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -10,10 +11,24 @@ import tensorboardX
 
 from cv2jax.config import UserError
 from cv2jax.train.disk import full_disk_reported
+from cv2jax.train.wandb_log import WandbLog
 
-TIME_FIELDS = ("seconds", "steps_per_second")  # all that may differ between equal runs
+# All that may differ between equal runs: times, and what is of the steps since the line before, which a resumed run lacks.
+# Seconds are of a step, a mean over those steps; the four parts are all of the loop's time.
+PARTS = ("data_seconds", "compute_seconds", "save_seconds", "evaluate_seconds")
+TIME_FIELDS = (
+    "seconds",  # since the process began to train
+    "steps_per_second",  # without saves and evaluations, as what follows
+    *PARTS,
+    "audio_seconds_per_second",
+    "tokens_per_second",
+    "utilisation",  # model FLOPs over what the devices could do in the time
+    "padding_share",  # of the first process's rows
+    "device_memory_gib",  # peak of the fullest device
+    "device_memory_share",
+)
 MAX_POINTS = 2000
-NOT_DRAWN = ("step", "seconds", "batch_hash", "codes_used_share")  # counts (`num_…`) are no curves either
+NOT_DRAWN = ("step", "batch_hash", "codes_used_share", *(name for name in TIME_FIELDS if name != "steps_per_second"))
 
 
 class MetricWriter:
@@ -23,8 +38,10 @@ class MetricWriter:
     must not hold them twice. Only the first process writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, *, enabled: bool = True) -> None:
-        self._enabled = enabled
+    def __init__(
+        self, workdir: pathlib.Path, start_step: int, *, enabled: bool = True, wandb: WandbLog | None = None
+    ) -> None:
+        self._enabled, self._wandb = enabled, wandb
         if not enabled:
             return
         self._path = workdir / "metrics.jsonl"
@@ -48,12 +65,22 @@ class MetricWriter:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and value is not None:
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, kind, line)
+
+    def sync(self) -> None:
+        """Waits until the disk has the lines: a checkpoint is about to count on them."""
+        if self._enabled:
+            with full_disk_reported(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes all."""
         if self._enabled:
             self._file.close()
             self._events.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -84,7 +111,7 @@ def draw_curves(metrics: list[dict[str, Any]], path: pathlib.Path, title: str) -
     for line in metrics:
         for name, value in line.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and name not in NOT_DRAWN and not name.startswith("num_"):
+            if is_number and name not in NOT_DRAWN and not name.startswith("num_"):  # counts are no curves either
                 steps, values = series.setdefault(f"{line['kind']} {name}", ([], []))
                 steps.append(line["step"])
                 values.append(value)

@@ -1,8 +1,11 @@
 """A run's identity beside its checkpoints: `run.json` holds the config and what the data was, compared on resume."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2jax
@@ -19,6 +22,10 @@ FREE_KEYS = (
     "evaluate_utterances",
     "save_every",
     "keep_checkpoints",
+    "stuck_seconds",
+    "profile_steps",
+    "wandb",
+    "expected",
     "compute_dtype",  # what it comes to on this machine is among the facts
     "model.remat",
     "model.backbone.remat",
@@ -34,17 +41,25 @@ FREE_KEYS = (
     "data.prefetch",
 )
 
+END_FILE = "end.json"
 
 # What facts were before they had a name, for runs of then.
 FORMER_FACTS = {"speaker_embeddings": "stand-in"}
 
 
 def save_or_compare(
-    workdir: pathlib.Path, config: TrainConfig, facts: dict[str, Any], *, started: bool, write: bool
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    facts: dict[str, Any],
+    *,
+    started: bool,
+    write: bool,
+    planned_padding: float | None = None,
 ) -> None:
     """Of a run that has a checkpoint (`started`), compares `run.json` with this call's config and facts; else writes it.
 
-    Raises UserError on a difference. A first start that failed, for want of memory say, binds nobody to its config.
+    It also keeps the padding share that the plan promises, for `cv2jax doctor`. Raises UserError on a difference. A first
+    start that failed, for want of memory say, binds nobody to its config.
     """
     path = workdir / "run.json"
     mine = {"config": to_dict(config), "facts": json.loads(json.dumps(facts))}
@@ -68,11 +83,37 @@ def save_or_compare(
             )
     elif write:
         workdir.mkdir(parents=True, exist_ok=True)
+        mine["planned_padding"] = planned_padding
         mine["cv2jax"] = cv2jax.__version__
         mine["revision"] = _revision()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(mine, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(path)
+        _write_json(path, mine)
+
+
+@contextlib.contextmanager
+def end_noted(workdir: pathlib.Path, step: Callable[[], int], *, enabled: bool) -> Iterator[None]:
+    """Leaves `end.json` where an error ends the run, as `note_end` does; takes that of the run before away."""
+    if enabled:
+        (workdir / END_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        if enabled:
+            code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+            message = (str(error).splitlines() or [""])[0]
+            with contextlib.suppress(OSError):  # the disk may be what is wrong
+                note_end(workdir, step(), f"{type(error).__name__}: {message}"[:300], code)
+        raise
+
+
+def note_end(workdir: pathlib.Path, step: int, reason: str, code: int) -> None:
+    """Says in `end.json` how a run ended: after which step, why, with which exit code, when. A kill leaves none."""
+    _write_json(workdir / END_FILE, {"step": step, "reason": reason, "code": code, "time": round(time.time())})
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
 
 
 def load_run(workdir: pathlib.Path) -> dict[str, Any]:

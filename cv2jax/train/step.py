@@ -13,6 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cv2jax.parallel.sharding import axis_rules, batch_sharding, replicated
+from cv2jax.train.hashes import batch_hash
 from cv2jax.train.state import IsTrained, TrainState, combine, partition
 
 Batch = dict[str, jax.Array]
@@ -62,23 +63,6 @@ def make_train_step(
         return new_state, {**metrics, "loss": value, "grad_norm": norm, **counted}
 
     return step
-
-
-def batch_hash(batch: Batch) -> jax.Array:
-    """A uint32 of everything in a global batch, equal on any mesh and any number of hosts: its sums wrap and never round.
-
-    Logged with every line, so that two runs can be seen to have read the same audio in the same order.
-    """
-    total = jnp.zeros((), jnp.uint32)
-    for salt, (_, values) in enumerate(sorted(batch.items())):
-        if jnp.issubdtype(values.dtype, jnp.floating):
-            values = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-        place = jnp.full(values.shape, salt + 1, jnp.uint32)
-        for axis in range(values.ndim):
-            place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, values.shape, axis)
-        place = (place ^ (place >> 15)) * jnp.uint32(0x85EBCA77)
-        total = total + jnp.sum((values.astype(jnp.uint32) + 1) * (place | 1), dtype=jnp.uint32)
-    return total
 
 
 def batch_key(batch: dict[str, Any]) -> tuple[Any, ...]:
@@ -146,6 +130,19 @@ def compile_steps(
     return CompiledByShape(
         "the train step", lambda specs: lower_step(step, abstract, shardings, specs, mesh), batch_specs
     )
+
+
+def count_flops_by_shape(
+    count_flops: Callable[..., float],
+    step: StepFunction,
+    abstract: TrainState,
+    batch_specs: Sequence[BatchSpecs],
+    mesh: Mesh,
+) -> dict[tuple[Any, ...], float]:
+    """batch_key → FLOPs of a step on the whole mesh, as `count_flops(step, state, batch, key)` says of the shapes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh), axis_rules():
+        return {batch_key(specs): float(count_flops(step, abstract, specs, key)) for specs in batch_specs}
 
 
 def _device_mebibytes(program: jax.stages.Compiled) -> float:

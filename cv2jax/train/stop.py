@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM as a wish that the loop grants after a step, from the first moment of a run on."""
+"""What a process is asked by signals: to stop (SIGTERM), which the loop grants after a step, and for a trace (SIGUSR1)."""
 
 import signal
 from types import FrameType
@@ -9,21 +9,27 @@ EXIT_PREEMPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on where thi
 class StopSignal:
     """Notes SIGTERM instead of dying of it, from its `with` on; several processes agree on the step at which all stop.
 
-    It imports no jax until it is asked: it must stand before anything that takes time.
+    SIGUSR1 sets `trace_asked`, which whoever traces takes back. It imports no jax until it is asked: it must stand before
+    anything that takes time.
     """
 
     def __enter__(self) -> "StopSignal":
-        self.asked = False
+        self.asked = self.trace_asked = False
         self._several = False
         self._previous = signal.signal(signal.SIGTERM, self._handle)
+        self._previous_user = signal.signal(signal.SIGUSR1, self._handle)
         return self
 
     def __exit__(self, *unused: object) -> None:
+        signal.signal(signal.SIGUSR1, self._previous_user)
         if not self._several:
             signal.signal(signal.SIGTERM, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        if number == signal.SIGUSR1:
+            self.trace_asked = True
+        else:
+            self.asked = True
 
     def share(self) -> None:
         """Says that this process is one of several: JAX's preemption service then owns SIGTERM and spreads the word."""

@@ -193,3 +193,17 @@ def test_a_file_of_another_corpus_is_refused_at_once(corpus: pathlib.Path, tmp_p
         make_batches(corpus, "")
     with pytest.raises(UserError, match=r"gone\.npz: cannot read"):
         make_batches(corpus, tmp_path / "gone.npz")
+
+
+def test_what_a_batch_holds_is_counted(corpus: pathlib.Path, tokens: pathlib.Path, mesh: Mesh) -> None:
+    batches = make_batches(corpus, tokens)
+    used = slots = 0.0
+    for step, size, batch in batches.training(0, batches.plan.num_batches, mesh):
+        content = batches.content(step, batch)
+        assert (content.epoch, content.bucket) == batches.plan.batch(step)[:2]
+        assert (content.num_utterances, content.unit) == (size, "audio_seconds")
+        assert content.used == pytest.approx(batch["num_samples"].sum() / RATE_HZ)
+        used, slots = used + content.used, slots + content.slots
+    stats = batches.plan.stats
+    assert slots >= stats.num_padded_samples / RATE_HZ  # and the rows that fill the last batches
+    assert 1 - used / slots == pytest.approx(stats.padding_share, abs=0.02)

@@ -233,3 +233,12 @@ def test_what_cannot_be_batched_is_a_user_error(corpus: pathlib.Path, tmp_path: 
     three = make_mesh(MeshConfig(data=3), jax.devices()[:3])
     with pytest.raises(UserError, match="a batch of 4 rows does not divide"):
         next(make_batches(corpus).training(0, 9, three, lay_out))
+
+
+def test_what_a_batch_holds_is_counted(corpus: pathlib.Path, mesh: Mesh) -> None:
+    batches = make_batches(corpus)
+    for step, _, batch in batches.training(0, 5, mesh, lay_out):
+        content = batches.content(step, batch)
+        assert (content.epoch, content.bucket, content.unit) == (batches.plan.batch(step)[0], 0, "tokens")
+        assert content.num_utterances == np.count_nonzero(batch["utterance"] >= 0)
+        assert (content.used, content.slots) == (sum(len(row.token) for row in show(batch).values()), 480)

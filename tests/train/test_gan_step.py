@@ -15,8 +15,8 @@ from cv2jax.config import MeshConfig
 from cv2jax.models.hift_vocoder.discriminators import Discriminators
 from cv2jax.models.hift_vocoder.losses import adversarial_loss, discriminator_loss, feature_matching_loss, tpr_loss
 from cv2jax.train.gan_step import evaluation_generator, gan_optimizer, init_gan_state
+from cv2jax.train.hashes import batch_hash
 from cv2jax.train.state import evaluation_params, restart
-from cv2jax.train.step import batch_hash
 from tests.models.golden_discriminators import SMALL
 from tests.train import toy_gan
 from tests.train.toy_gan import ONE

@@ -166,7 +166,8 @@ def test_another_config_is_refused_and_a_free_key_is_not(unbroken):
         run(unbroken, other)
     with pytest.raises(UserError, match="data: corpus: 'one' → 'two'"):
         run(unbroken, corpus="two")
-    assert run(unbroken, toy_config(log_every=7)) == 0
+    free = {"stuck_seconds": 60.0, "profile_steps": "2:3", "expected": ("train loss 9 0 1",)}
+    assert run(unbroken, toy_config(log_every=7, **free)) == 0
 
 
 def test_a_checkpoint_of_another_model_lists_the_leaves(unbroken):
@@ -262,7 +263,7 @@ def test_a_stop_before_the_first_step_compiles_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["_checkpointer.save_checkpointables_async", "_checkpointer.wait"])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, where):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing [OS error 28: ENOSPC No space left on device]")
 
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:

@@ -12,9 +12,10 @@ from cv2jax.parallel.distributed import global_batch
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules
 from cv2jax.train.checkpoint import Checkpoints
+from cv2jax.train.hashes import batch_hash
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import TrainState, combine, evaluation_params, init_train_state, make_state, partition
-from cv2jax.train.step import batch_hash, batch_key, make_train_step
+from cv2jax.train.step import batch_key, make_train_step
 from tests.train.toy import WIDTH, ToyTask, toy_config
 
 

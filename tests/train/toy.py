@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cv2jax.config import OptimizerConfig, TrainConfig
+from cv2jax.data.content import BatchContent
 from cv2jax.parallel.distributed import local_rows
 from cv2jax.train.optimizer import make_optimizer
 from cv2jax.train.state import init_train_state
@@ -60,6 +61,14 @@ class ToyTask:
             if step == self.poison:
                 x[3] = np.nan
             yield step, 8, {"x": x[local_rows(mesh, 8)]}
+
+    def content(self, step, local):
+        size = local["x"].size
+        share = {"used": 0.75 * size, "slots": float(size), "unit": "tokens"}
+        return BatchContent(epoch=step // 10, bucket=local["x"].shape[1] // 6, num_utterances=8, **share)
+
+    def planned_padding(self):
+        return 0.25
 
     def utterance_ids(self, step):
         return [f"utterance-{step}-{row}" for row in range(8)]

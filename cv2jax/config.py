@@ -63,9 +63,7 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "test"
     batch_seconds: float = 64.0  # audio in one global batch, padding included
-    batch_multiple: int = (
-        8  # every batch size is a multiple of it, whatever the mesh: the order never depends on devices
-    )
+    batch_multiple: int = 8  # every batch size is a multiple of it, whatever the mesh: the order knows no devices
     num_buckets: int = 4  # static shapes, that is: compilations
     min_seconds: float = 0.1
     max_seconds: float = 30.0
@@ -169,9 +167,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
-    init_from: str = (
-        ""  # start from the weights in this workdir of a run, or Hugging Face directory of a Qwen2 backbone
-    )
+    init_from: str = ""  # weights to start from: the workdir of a run, or a Qwen2 backbone's Hugging Face directory
     mesh: MeshConfig = MeshConfig()
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on accelerators, float32 on CPU
     log_every: int = 20

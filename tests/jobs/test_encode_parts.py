@@ -18,7 +18,7 @@ from cv2jax.cli.main import run as run_cli
 from cv2jax.config import UserError
 from cv2jax.data.tokens import read_speech_tokens
 from cv2jax.jobs.encode import encode_audio
-from cv2jax.models.speech_tokenizer.tokenize import make_encoder
+from cv2jax.models.speech_tokenizer.tokenize import WaveformEncoder, make_encoder
 from cv2jax.tasks.encoders import load_tokenizer
 from tests.data.speech_files import make_waveform, write_speech
 from tests.jobs.test_encode import make_run, write_manifest
@@ -73,6 +73,23 @@ def test_merged_parts_are_the_one_machines_bytes(workdir, manifest, tmp_path, ca
     made = encode_audio(workdir, [str(manifest)], out, part=f"1/{count}", **OPTIONS)
     assert made.num_kept == made.num_blocks > 0
     assert made.encoded_seconds == made.num_programs == 0
+
+
+def test_parts_run_the_batches_of_one_machine(workdir, manifest, tmp_path, monkeypatch):
+    """Why their tokens are the same: a batch of another shape would round differently, and near ties would flip."""
+    ran, run = [], WaveformEncoder.run
+
+    def record(self, kind, frames, signals, rows):
+        ran.append((kind, frames, rows, tuple(len(signal) for signal in signals)))
+        return run(self, kind, frames, signals, rows)
+
+    monkeypatch.setattr(WaveformEncoder, "run", record)
+    encode_audio(workdir, [str(manifest)], tmp_path / "whole.jsonl", **OPTIONS)
+    whole, ran[:] = sorted(ran), []
+    for number in (3, 1, 2):
+        encode_audio(workdir, [str(manifest)], tmp_path / "t.jsonl", part=f"{number}/3", **OPTIONS)
+    assert sorted(ran) == whole
+    assert len({rows for _, _, rows, _ in whole}) > 1  # full and unfilled batches
 
 
 def test_a_split_in_parts(workdir, manifest, tmp_path):

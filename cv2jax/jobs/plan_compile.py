@@ -98,6 +98,8 @@ def describe_devices(preset: Preset) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if preset.chip == "v4" else {}
+    if math.prod(preset.shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if preset.num_slices > 1:
         options["num_slices"] = preset.num_slices
     try:

@@ -30,6 +30,7 @@ _BOUND = {
     "ici": "the interconnect",
     "dcn": "the network between slices",
 }
+_PLACES = 12  # that move the most, in a report; the first few are told
 _WHOLE = 0.05  # share of parameters that stay whole from which it is told
 
 
@@ -89,7 +90,7 @@ def _figures(traced: Traced, compiled: Compiled) -> Report:
         "recomputed_share": cost.recomputed / cost.flops if cost.flops else 0.0,
         "model_flops_a_chip": traced.work.model_flops / chips,
         "hbm_bytes_a_chip": cost.hbm_bytes,
-        "hbm_bytes_by_opcode": dict(sorted(cost.by_opcode.items(), key=lambda item: -item[1])[:6]),
+        "hbm_bytes_by_place": dict(sorted(cost.by_place.items(), key=lambda item: -item[1])[:_PLACES]),
         "ici_bytes_a_chip": cost.ici_bytes,
         "dcn_bytes_a_chip": cost.dcn_bytes,
         "collectives": kinds,
@@ -137,9 +138,8 @@ def weak_points(report: Report) -> str:
     second = sorted((v for k, v in times.items() if k != "step"), reverse=True)[1]
     parts.append(f"bound by {_BOUND[report['bound_by']]}, {times['step'] / second if second else 0:.1f} x the next")
     if report["bound_by"] == "memory":
-        largest = next(iter(report["hbm_bytes_by_opcode"].items()), None)
-        if largest:
-            parts.append(f"{largest[1] / report['hbm_bytes_a_chip']:.0%} of the bytes in {largest[0]}")
+        place, moved = next(iter(report["hbm_bytes_by_place"].items()))
+        parts.append(f"{moved / report['hbm_bytes_a_chip']:.0%} of the bytes in {place}")
     if report["recomputed_share"] > 0.01:
         parts.append(f"{report['recomputed_share']:.0%} of the arithmetic is rematerialisation")
     if report["whole_share"] > _WHOLE:
@@ -162,7 +162,7 @@ def in_words(report: Report) -> str:
     ]
     if not report["fits"]:
         return "\n".join([*lines, f"  {report['weak_points']}"])
-    memory, times = report["memory"], report["seconds"]
+    memory, times, places = report["memory"], report["seconds"], list(report["hbm_bytes_by_place"].items())[:4]
     lines += [
         f"  memory      {gib(memory['total'])} a chip of {gib(held['available'])}: arguments {gib(memory['arguments'])}, "
         f"temporaries {gib(memory['temporaries'])}",
@@ -170,6 +170,7 @@ def in_words(report: Report) -> str:
         f"model's; {report['intensity']:.0f} FLOP a byte of memory (the chip's balance: {report['balance']:.0f})",
         f"  moved       HBM {report['hbm_bytes_a_chip'] / 1e9:.2f} GB, ICI {report['ici_bytes_a_chip'] / 1e9:.3f} GB, "
         f"DCN {report['dcn_bytes_a_chip'] / 1e9:.3f} GB a chip",
+        "  most bytes  " + ", ".join(f"{place} {moved / 1e9:.1f} GB" for place, moved in places),
         "  times       " + ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in times.items()),
         f"  roofline    {report['utilisation']:.1%} of the peak rate, {report['speed']:,.0f} {report['unit']} a second",
         f"  weak points {report['weak_points']}",

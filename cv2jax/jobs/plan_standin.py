@@ -5,7 +5,6 @@ import importlib
 import json
 import pathlib
 import shutil
-import types
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ from cv2jax.data.corpus_batches import CorpusBatches
 from cv2jax.data.corpus_index import ShardColumns, write_index
 from cv2jax.data.f0_shard import F0_DIRECTORY, F0_VERSION, INDEX
 from cv2jax.data.shards import Corpus, ShardSummary
-from cv2jax.data.speaker_vectors import SpeakerVectors
+from cv2jax.data.speaker_vectors import Of, SpeakerVectors
 from cv2jax.data.token_corpus import TokenCorpusMetadata, TokenCorpusWriter, TokenRecord
 from cv2jax.data.tokens import SpeechTokenFile
 from cv2jax.tasks import make_task
@@ -59,12 +58,22 @@ class StandInBatches(CorpusBatches):
     """Plans and shapes of a stand-in's batches; speech tokens and embeddings are told by their sizes alone."""
 
     def _open_tokens(self) -> SpeechTokenFile:
-        facts = {"num_codes": self._config.model.num_speech_tokens, "hash": "", "tokenizer": ""}
-        return cast(SpeechTokenFile, types.SimpleNamespace(**facts))
+        return _NoTokens(self._config.model.num_speech_tokens)
 
     def _open_embeddings(self) -> SpeakerVectors:
-        facts = {"dim": self._config.model.speaker_dim, "hash": "", "encoder": "", "of": "utterance"}
-        return cast(SpeakerVectors, types.SimpleNamespace(**facts))
+        return _NoVectors(self._config.model.speaker_dim)
+
+
+class _NoTokens(SpeechTokenFile):
+    def __init__(self, num_codes: int) -> None:
+        self.tokenizer, self.hash, self.num_codes = "", "", num_codes
+
+
+class _NoVectors(SpeakerVectors):
+    of: Of = "utterance"
+
+    def __init__(self, dim: int) -> None:
+        self.encoder, self.hash, self.dim = "", "", dim
 
 
 def _write_corpus(root: pathlib.Path, config: TrainConfig) -> None:

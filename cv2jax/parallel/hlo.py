@@ -17,6 +17,9 @@ from cv2jax.parallel.windows import count_taps
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"))
 _FREE |= frozenset(("partition-id", "replica-id", "domain", "add-dependency", "async-update"))
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_NO_PLACE = re.compile(
+    r"(jit|jvp|vjp|vmap|transpose|custom_\w+)\b|(while|body|cond|closed_call|checkpoint|rematted_\w+|shard_map|pallas_call)$"
+)
 _NO_CALLS = frozenset(("AllocateBuffer", "ConcatBitcast"))  # that move nothing
 _ALIASES = frozenset(("bitcast", "reshape", "get-tuple-element", "tuple", "copy-done", "optimization-barrier"))
 
@@ -28,14 +31,14 @@ class Cost:
     Attributes:
       flops: of products and convolutions, kernels included. recomputed: of these, what rematerialisation does again.
       hbm_bytes: read and written. transfers: of collectives.
-      by_opcode: hbm_bytes of each kind of instruction. unknown: what was met and could not be counted, as text.
+      by_place: hbm_bytes by where in the model they are moved. unknown: what was met and could not be counted, as text.
     """
 
     flops: float = 0.0
     recomputed: float = 0.0
     hbm_bytes: float = 0.0
     transfers: list[Transfer] = dataclasses.field(default_factory=list)
-    by_opcode: dict[str, float] = dataclasses.field(default_factory=dict)
+    by_place: dict[str, float] = dataclasses.field(default_factory=dict)
     unknown: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
@@ -43,8 +46,8 @@ class Cost:
         self.flops += other.flops * times
         self.recomputed += other.recomputed * times
         self.hbm_bytes += other.hbm_bytes * times
-        for name, value in other.by_opcode.items():
-            self.by_opcode[name] = self.by_opcode.get(name, 0.0) + value * times
+        for name, value in other.by_place.items():
+            self.by_place[name] = self.by_place.get(name, 0.0) + value * times
         self.unknown |= other.unknown
         for one in other.transfers:
             scaled = {
@@ -130,7 +133,8 @@ class _Counter:
         if not fused:
             moved = self._moved(inside, one)
             total.hbm_bytes += moved
-            total.by_opcode[opcode] = total.by_opcode.get(opcode, 0.0) + moved
+            place = _place(one)
+            total.by_place[place] = total.by_place.get(place, 0.0) + moved
 
     def _loop(self, inside: Computation, one: Instruction) -> Cost:
         condition, body = (one.attribute(name).lstrip("%") for name in ("condition", "body"))
@@ -257,6 +261,14 @@ class _Counter:
             inner = self._module.computations[root.called[0]]
             return self._written(inner, inner.root, results)
         return _hbm(results)
+
+
+def _place(one: Instruction) -> str:
+    """Where in the model an instruction comes from, by its scopes there; else its opcode."""
+    found = re.search(r'op_name="([^"]*)"', one.attributes)
+    scopes = [scope for scope in found[1].split("/") if scope and not _NO_PLACE.match(scope)] if found else []
+    scopes = list(dict.fromkeys(scopes))
+    return "/".join(scopes[-3:]) if len(scopes) > 1 else one.opcode
 
 
 def _source(inside: Computation, one: Instruction | None) -> Instruction | None:

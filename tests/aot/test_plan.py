@@ -9,7 +9,8 @@ from cv2jax.config import UserError, load_config, override
 from cv2jax.jobs.plan import plan_stage
 from cv2jax.jobs.plan_compile import describe_devices, parse_out_of_memory
 from cv2jax.jobs.plan_matrix import run
-from cv2jax.parallel.presets import parse_topology
+from cv2jax.parallel.chips import find_chip
+from cv2jax.parallel.presets import chip_of, parse_topology
 
 pytestmark = pytest.mark.aot
 MIB, GIB = 2**20, 2**30
@@ -35,6 +36,15 @@ def test_a_tiny_stage(stage):
     assert 4 * report["parameters"] < report["ici_bytes_a_chip"] < 16 * report["parameters"]
     assert report["dcn_bytes_a_chip"] == 0
     assert not report["not_counted"]
+
+
+@pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v6e-8", "v5p-16", "v4-16", "2xv5e-8"])
+def test_machines_have_the_devices_that_their_names_say(name):
+    preset = parse_topology(name)
+    devices = describe_devices(preset)
+    assert len(devices) == preset.num_chips
+    assert find_chip(devices[0].device_kind) is chip_of(preset)
+    assert len({getattr(device, "slice_index", None) for device in devices}) == preset.num_slices
 
 
 def test_what_does_not_divide_is_a_line():

@@ -8,7 +8,7 @@ import pytest
 from cv2jax.cli import main as cli
 from cv2jax.config import MeshConfig, UserError, load_config, override
 from cv2jax.jobs import plan, plan_compile, plan_fit, plan_matrix
-from cv2jax.jobs.plan_compile import parse_out_of_memory, scale_batch
+from cv2jax.jobs.plan_compile import choose_mesh, for_tpus, parse_out_of_memory, scale_batch
 from cv2jax.jobs.plan_fit import Candidate, Fit, flags_of, search, table
 from cv2jax.jobs.plan_report import in_words, markdown
 from cv2jax.jobs.plan_standin import make_stand_in_task
@@ -42,7 +42,7 @@ def report(**changes):
         "recomputed_share": 0.25,
         "model_flops_a_chip": 1.875e14,
         "hbm_bytes_a_chip": 5e11,
-        "hbm_bytes_by_opcode": {"fusion": 4e11},
+        "hbm_bytes_by_place": {"blocks/mlp/gate": 4e11},
         "ici_bytes_a_chip": 6e9,
         "dcn_bytes_a_chip": 0.0,
         "intensity": 500.0,
@@ -78,8 +78,8 @@ def test_a_stand_in_gives_every_stage_its_shapes(stage, tmp_path):
 
 def test_a_batch_is_scaled_whole():
     lm, flow = load_config("text_speech_lm_official"), load_config("flow_matching_official")
-    assert scale_batch(lm, 16).data.batch_rows == 16 * lm.data.batch_rows
-    scaled = scale_batch(flow, 16).data
+    assert scale_batch(lm, 16.0).data.batch_rows == 16 * lm.data.batch_rows
+    scaled = scale_batch(flow, 16.0).data
     assert (scaled.batch_seconds, scaled.batch_multiple) == (
         16 * flow.data.batch_seconds,
         16 * flow.data.batch_multiple,
@@ -113,6 +113,7 @@ def test_words_and_tables():
     text = in_words(fits)
     assert "16 chips, data=1 fsdp=16 tensor=1" in text
     assert "8.00 GiB a chip of 16.00 GiB" in text
+    assert "most bytes  blocks/mlp/gate 400.0 GB" in text
     assert "75.0% of the peak rate, 412,825 positions a second" in text
     lines = markdown([fits, not_fit]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
@@ -198,7 +199,7 @@ def test_the_search_compiles_the_most_promising_and_no_more_than_it_may(monkeypa
 
 
 def test_the_flags_of_a_candidate():
-    one = Candidate(2, "model.remat=full", MeshConfig(preset="v5e-16", rules="hybrid"))
+    one = Candidate(2.0, "model.remat=full", MeshConfig(preset="v5e-16", rules="hybrid"))
     one.report = report(batch_flags="--set data.batch_rows=512")
     flags = "--set model.remat=full --set mesh.preset=v5e-16 --set mesh.rules=hybrid --set data.batch_rows=512"
     assert flags_of(one) == flags
@@ -206,7 +207,7 @@ def test_the_flags_of_a_candidate():
 
 def test_nothing_that_fits_is_told(monkeypatch, capsys):
     monkeypatch.setattr(
-        plan, "search", lambda *args: Fit([Candidate(1, "", MeshConfig(), status="does not fit")], None)
+        plan, "search", lambda *args: Fit([Candidate(1.0, "", MeshConfig(), status="does not fit")], None)
     )
     monkeypatch.setattr(plan, "require_libtpu", lambda: None)
     assert cli.run(["plan", "text_speech_lm_tiny", "--topology", "v5e:2x2", "--fit"]) == 2

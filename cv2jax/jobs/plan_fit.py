@@ -114,26 +114,36 @@ def _estimate(base: TrainConfig, preset: Preset, candidates: list[Candidate]) ->
             config = _config(base, one)
             with open_task(config) as task:
                 traces[one.remat] = one, trace_step(config, task, preset)
+    # Of a batch of scale 1, on all chips together: with everything rematerialised little but the inputs of layers.
+    least = min(_saved(traced) / of.scale for of, traced in traces.values())
     kept = []
     for one in candidates:
         traced_of, traced = traces[one.remat]
-        _estimate_one(one, traced, one.scale / traced_of.scale, preset)
+        _estimate_one(one, traced, one.scale / traced_of.scale, preset, least * one.scale)
         if one.gib * 2**30 <= chip_of(preset).hbm_bytes:
             kept.append(one)
     return sorted(kept, key=lambda one: -one.speed)
 
 
-def _estimate_one(one: Candidate, traced: Traced, scale: float, preset: Preset) -> None:
-    """Memory: state, gradients and half of what is kept. Time: arithmetic; gathers and sums of parameters in fp32."""
+def _saved(traced: Traced) -> float:
+    return traced.saved * num_batch_shards(traced.mesh)
+
+
+def _estimate_one(one: Candidate, traced: Traced, scale: float, preset: Preset, layer_inputs: float) -> None:
+    """Memory: state, gradients and half of what is kept. Time: arithmetic; what is read and written of those.
+
+    And what is sent: gathers and sums of parameters in fp32, with a tensor axis four sums of each layer's input too.
+    """
     chip, chips = chip_of(preset), preset.num_chips
     data, fsdp, tensor = _shape(one, preset)
     split = fsdp * tensor
     params, optimizer = traced.num_parameters * 4.0, sum(_state_bytes(traced))
-    kept = traced.saved * scale * chips / (data * fsdp) / (chips / num_batch_shards(traced.mesh))
+    kept = _saved(traced) * scale / (data * fsdp)
     one.gib = ((optimizer + params) / split + _ACTIVATIONS * kept / tensor) / 2**30
     arithmetic = traced.work.flops * scale / chips / chip.peak_flops
     near = chip.link_bandwidth * max(chip.torus_axes, 1)
     inside = 3 * params / tensor * (fsdp - 1) / fsdp  # two gathers and a sum
+    inside += 4 * 2 * layer_inputs / (data * fsdp) * (tensor - 1) / tensor
     data_inside = data // preset.num_slices
     inside += 2 * params / split * (data_inside - 1) / max(data_inside, 1)
     between = 2 * params / (split * data_inside) * (preset.num_slices - 1) / preset.num_slices

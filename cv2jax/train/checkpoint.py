@@ -86,15 +86,12 @@ class Checkpoints:
         Raises UserError where the checkpoint is of another model (every leaf is listed); `Damaged`, on all processes, where
         one of them cannot read its part.
         """
-        step = self.latest_step if step is None else step
-        place, damage, state, sealed = self._directory / str(step), None, None, None
-        try:
-            state, sealed = _load(self._checkpointer, self._directory, abstract, step, partial=False)
-        except Damaged as error:
-            damage = error
-        failed = _processes_with(damage is not None)
-        if failed:
-            raise damage or Damaged(f"checkpoint {place} is damaged (process {failed[0]} cannot read it); remove it")
+        place = self._directory / str(self.latest_step if step is None else step)
+        # Twice: Orbax counts the loads that a process begins, and one that is not begun everywhere would hang the next save.
+        with _agreed(place):
+            sealed = _check(self._checkpointer, place, abstract, step, partial=False)
+        with _agreed(place):
+            state = _read(place, abstract, partial=False)
         with _damage_reported(place):  # all processes together, now that all have it
             if sealed is not None and state_hash(state) != sealed:
                 raise ValueError("its state is not the one that was saved")
@@ -135,6 +132,19 @@ class Checkpoints:
         _processes_with(False)  # all wait for the move
         self._checkpointer.reload()
         return aside
+
+
+@contextlib.contextmanager
+def _agreed(place: pathlib.Path) -> Iterator[None]:
+    """Raises `Damaged` on every process where one of them meets it inside."""
+    damage = None
+    try:
+        yield
+    except Damaged as error:
+        damage = error
+    failed = _processes_with(damage is not None)
+    if failed:
+        raise damage or Damaged(f"checkpoint {place} is damaged (process {failed[0]} cannot read it); remove it")
 
 
 def _processes_with(condition: bool) -> list[int]:
@@ -187,23 +197,27 @@ def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None
     with ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax")) as checkpointer:
         if checkpointer.latest is None:
             raise UserError(f"no checkpoint in {directory}; train first, or give the directory of a run")
-        return _load(checkpointer, directory, abstract, step, partial=True)[0]
+        place = directory / str(checkpointer.latest.step if step is None else step)
+        _check(checkpointer, place, abstract, step, partial=True)
+        return _read(place, abstract, partial=True)
 
 
-def _load(
-    checkpointer: Any, directory: pathlib.Path, abstract: Any, step: int | None, *, partial: bool
-) -> tuple[Any, int | None]:
-    """(state of a step (default: newest), its hash when it was saved); if `partial`, of the leaves that `abstract` has.
+def _check(checkpointer: Any, place: pathlib.Path, abstract: Any, step: int | None, *, partial: bool) -> int | None:
+    """The hash that the state had when it was saved; UserError unless its shapes are those of `abstract`.
 
-    The hash is None where an earlier release saved it, and for imported weights.
+    None where an earlier release saved it, and for imported weights.
     """
-    place = directory / str(checkpointer.latest.step if step is None else step)
     with _damage_reported(place):
         description = checkpointer.checkpointables_metadata(step)
         saved = _shapes(description.metadata.get(_NAME))
         if not saved:  # Orbax logs what it cannot read of it, and says no more
             raise ValueError("its description cannot be read")
     _check_shapes(_shapes(abstract), saved, place, partial=partial)
+    return (description.custom_metadata or {}).get(_HASH)
+
+
+def _read(place: pathlib.Path, abstract: Any, *, partial: bool) -> Any:
+    """The state in a checkpoint's folder; if `partial`, the leaves that `abstract` has."""
     # Each process by itself: else those that can read their part would wait for those that cannot.
     alone = ocp.Context()
     alone.pytree.loading.partial_load = partial
@@ -217,7 +231,7 @@ def _load(
             read = ocp.load_checkpointables(utf8_path(place.resolve(), "Orbax"), {_NAME: wanted})[_NAME]
             for i, array in zip(sorted(part), jax.tree.leaves(read), strict=True):
                 loaded[i] = array
-    return structure.unflatten(loaded), (description.custom_metadata or {}).get(_HASH)
+    return structure.unflatten(loaded)
 
 
 def _parts(leaves: Sequence[Any]) -> list[set[int]]:

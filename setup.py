@@ -46,6 +46,7 @@ setup(
         "official": ["onnx>=1.17", "onnxruntime>=1.18", "PyYAML>=6", "torch>=2.6"],
         "corpus": ["espeakng-loader>=0.2.4"],  # bundles espeak-ng (GPL-3.0+): a data tool, never a runtime dependency
         "beam": ["apache-beam>=2.77", "threadpoolctl>=3.5"],  # `cv2jax prepare --engine beam`; asks for protobuf < 7
+        "gcs": ["gcsfs>=2026.2"],  # --workdir gs://…
         "vocoder": ["pyworld>=0.3.5"],  # F0 targets; built from source with a C++ compiler
         # Judges of synthesised speech; pesq holds code of ITU-T P.862, which has terms of its own.
         "judges": ["pesq>=0.0.4", "pocketsphinx>=5.0", "pystoi>=0.4.1"],
@@ -53,6 +54,7 @@ setup(
         "test": [
             "beartype>=0.20",
             "espeakng-loader>=0.2.4",
+            "gcsfs>=2026.2",
             "pocketsphinx>=5.0",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -63,6 +65,7 @@ setup(
         "dev": [
             "beartype>=0.20",
             "espeakng-loader>=0.2.4",
+            "gcsfs>=2026.2",
             "pocketsphinx>=5.0",
             "pre-commit>=4",
             "pyrefly==1.4.1",

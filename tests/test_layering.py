@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     **dict.fromkeys(("config", "shapes"), 0),
     **dict.fromkeys(("audio", "files", "parallel"), 1),
+    "remote": 2,  # on files
     **dict.fromkeys(("nn", "text"), 2),
     **dict.fromkeys(("data", "models", "synthesis"), 3),
     **dict.fromkeys(("train", "convert", "evaluation"), 4),

@@ -3,13 +3,13 @@
     cv2jax train speech_tokenizer_tiny --corpus prepared/ --workdir runs/tokenizer
     cv2jax train my_config.py --workdir runs/a --set model.width=256 --set optimizer.learning_rate=5e-4
 
+--workdir gs://bucket/runs/lm works too (pip install 'cv2jax[gcs]').
+
 The same command resumes by itself. SIGTERM finishes the step, saves and exits with code 75: run the same command again.
 On several processes give each --coordinator, --num_processes and --process_id, or set CV2JAX_DISTRIBUTED=1 where JAX
 recognises the launcher (TPU pods, Slurm). They meet at the coordinator's port first: who is missing is named. One that
 dies ends all within a minute, with its name and exit code 69: run the same command again.
 """
-
-import pathlib
 
 from absl import flags, logging
 
@@ -49,15 +49,21 @@ def main(args: list[str], values: flags.FlagValues) -> int:
         assignments.insert(0, f"data.corpus={values.corpus}")
     config = override(load_config(args[0]), assignments)
     validate(config)
+    if config.data.corpus.startswith("gs://"):
+        raise UserError(
+            f"data.corpus={config.data.corpus}: a corpus is read from a disk; copy it there on every host "
+            f"(gcloud storage cp -r {config.data.corpus} DIR) and give --corpus DIR"
+        )
 
     from cv2jax.train.stop import StopSignal
 
     with StopSignal() as stop:  # before imports and plans that take seconds: a preemption may come in them too
         from cv2jax.parallel.distributed import joined
         from cv2jax.parallel.peers import join_options
+        from cv2jax.remote import as_path, is_remote
 
-        workdir = pathlib.Path(values.workdir)
-        compiled = None if "://" in values.workdir else workdir / "compiled"
+        workdir = as_path(values.workdir)
+        compiled = None if is_remote(workdir) else workdir / "compiled"
         with joined(join_options(values.flag_values_dict()), flatten(config), compiled, lambda: stop.asked) as peers:
             import jax
 

@@ -5,6 +5,7 @@ import pathlib
 from cv2jax.config import UserError
 from cv2jax.jobs.doctor_checks import CHECKS
 from cv2jax.jobs.doctor_run import Finding, Run, open_run
+from cv2jax.remote import as_path
 from cv2jax.train.audit import FILE, first_difference
 
 
@@ -16,10 +17,10 @@ def diagnose(workdir: str | pathlib.Path, *, against: str = "") -> tuple[Run, li
 
     Raises UserError where there is no run, or its record cannot be read.
     """
-    run = open_run(pathlib.Path(workdir))
+    run = open_run(as_path(workdir))
     findings = [finding for check in CHECKS for finding in check(run)]
     if against:
-        findings += _compare(run, pathlib.Path(against))
+        findings += _compare(run, as_path(against))
     return run, sorted(findings, key=lambda finding: -finding.score)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cv2jax.config import TrainConfig, flatten_dict, to_dict
+from cv2jax.remote import is_held, is_remote, modified
 from cv2jax.train.audit import FILE, read_audit
 from cv2jax.train.metrics import read_metrics
 from cv2jax.train.run import END_FILE, load_run
@@ -85,7 +86,7 @@ def open_run(workdir: pathlib.Path) -> Run:
     lines = read_metrics(workdir / "metrics.jsonl")
     kinds = {kind: [x for x in lines if x["kind"] == kind] for kind in ("train", "evaluate", "skipped")}
     traces = [path for path in (workdir / "metrics.jsonl", workdir / FILE) if path.exists()]
-    written = max((path.stat().st_mtime for path in traces), default=time.time())
+    written = max((modified(path) for path in traces), default=time.time())
     return Run(
         workdir=workdir,
         config=config,
@@ -97,7 +98,7 @@ def open_run(workdir: pathlib.Path) -> Run:
         end=_read_end(workdir / END_FILE),
         checkpoints=sorted(int(p.name) for p in _folders(workdir / "checkpoints") if p.name.isdecimal()),
         damaged=sorted(p.name for p in _folders(workdir / "checkpoints-damaged")),
-        is_running=_is_locked(workdir / "lock"),
+        is_running=is_held(workdir) if is_remote(workdir) else _is_locked(workdir / "lock"),
         age=max(0.0, time.time() - written),
     )
 

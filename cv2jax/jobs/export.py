@@ -17,6 +17,7 @@ from cv2jax.config import LoraConfig, MeshConfig, UserError, from_dict
 from cv2jax.convert.qwen import save_backbone
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.parallel.mesh import make_mesh
+from cv2jax.remote import as_path
 from cv2jax.tasks.trained import find_step, find_text_tokenizer, load_params, text_speech_lm_config
 from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
 from cv2jax.train.lora import save_lora, trained_by
@@ -84,7 +85,7 @@ def export(
     `ema`: the moving average of the parameters where the run keeps one, else the last ones. Raises UserError for a run,
     checkpoint, option or place that is unfit, and for parameters that are not finite.
     """
-    run, out = pathlib.Path(run), pathlib.Path(out)
+    run, out = as_path(run), pathlib.Path(out)
     if target not in TARGETS:
         raise UserError(f"--to {target}: there is no such target; choose one of {', '.join(TARGETS)}")
     write, taken = TARGETS[target]

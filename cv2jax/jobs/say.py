@@ -17,6 +17,7 @@ from cv2jax.config import MeshConfig, UserError
 from cv2jax.files import whole_file
 from cv2jax.models.text_speech_lm.model import init_params
 from cv2jax.parallel.mesh import make_mesh
+from cv2jax.remote import as_path
 from cv2jax.synthesis.sampling import SamplingOptions, make_request_sampler
 from cv2jax.synthesis.speech_stream import SpeechRequest, SpeechResult, generate
 from cv2jax.tasks.stages import make_speech_stage
@@ -60,7 +61,7 @@ def say(run: str | os.PathLike[str], texts: Sequence[str], options: SayOptions =
     """
     if options.instruct and options.speaker:
         raise UserError("--instruct and --speaker both: a text has one prefix; give one of them")
-    described = load_run(pathlib.Path(run))
+    described = load_run(as_path(run))
     config = text_speech_lm_config(described, run)
     tokenizer = find_text_tokenizer(described, run, options.text_tokenizer)
     sampler = make_request_sampler(options.sampling, options.sampling.top_k or config.num_outputs)
@@ -116,7 +117,7 @@ def check_out(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def write_spoken(path: str | os.PathLike[str], run: str | os.PathLike[str], spoken: Sequence[Spoken]) -> None:
     """What a run said, one JSON object a line as `cv2jax encode` writes them, with `text` and `status`; whole or not at all."""
-    path, tokenizer = check_out(path), load_run(pathlib.Path(run))["facts"]["speech_tokenizer"]
+    path, tokenizer = check_out(path), load_run(as_path(run))["facts"]["speech_tokenizer"]
     lines = [
         {
             "id": f"said-{number}",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from cv2jax.models.speaker_encoder.model import encoder_hash
 from cv2jax.models.speech_tokenizer.config import SpeechTokenizerConfig
 from cv2jax.models.speech_tokenizer.model import init_model_state
 from cv2jax.models.speech_tokenizer.tokenize import init_encoding_params, make_encoder, tokenizer_hash
+from cv2jax.remote import as_path
 from cv2jax.synthesis.encoders import fit_prompt
 from cv2jax.tasks.trained import find_step
 from cv2jax.train.checkpoint import load_subtree
@@ -59,7 +59,7 @@ def load_tokenizer(run: str | os.PathLike[str]) -> Tokenizer:
     Raises UserError for a directory that holds no run, no checkpoint or a damaged one, a run of another stage, without a
     quantizer, or with parameters that are not finite.
     """
-    run = pathlib.Path(run)
+    run = as_path(run)
     facts, checkpoints = load_run(run).get("facts", {}), run / "checkpoints"
     if "model" not in facts or "quantizer" not in facts["model"]:
         raise UserError(f"{run} is not a run of the speech tokenizer; give the --workdir of one")
@@ -93,7 +93,7 @@ def load_speaker_encoder(run: str | os.PathLike[str]) -> SpeakerEncoder:
     Raises UserError for a directory that holds no run, no checkpoint or a damaged one, a run of another stage, and for
     parameters that are not finite.
     """
-    described, run = load_run(pathlib.Path(run)), pathlib.Path(run)
+    described, run = load_run(as_path(run)), as_path(run)
     task, facts = described["config"].get("task"), described["facts"]
     if task != "speaker_encoder" or "model" not in facts:
         raise UserError(f"{run}: is a run of {task or 'no known stage'}; give the --workdir of a speaker_encoder")

@@ -28,9 +28,10 @@ from cv2jax.models.speech_tokenizer.tokenize import tokenizer_hash
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig
 from cv2jax.nn.stack import match_layers, stack_layers, unstack_layers
 from cv2jax.parallel.sharding import abstract_state
+from cv2jax.remote import as_path, fetched
 from cv2jax.text.characters import CharacterVocabulary
 from cv2jax.text.tokenizer import TextTokenizer, check_same_tokenizer, load_text_tokenizer
-from cv2jax.train.checkpoint import load_subtree
+from cv2jax.train.checkpoint import complete_steps, load_subtree
 from cv2jax.train.gan_step import GENERATOR, init_gan_state
 from cv2jax.train.lora import add_lora, effective_params, load_lora, trained_by
 from cv2jax.train.optimizer import AverageState, make_optimizer
@@ -43,8 +44,8 @@ _LENGTH_MULTIPLE = 128  # speech tokens: few shapes to compile
 
 def find_step(run: str | os.PathLike[str], step: int | None = None) -> int:
     """The newest step of which a run's workdir has a checkpoint, or `step` if it has that; UserError where it has not."""
-    checkpoints = pathlib.Path(run) / "checkpoints"
-    steps = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    checkpoints = as_path(run) / "checkpoints"
+    steps = complete_steps(checkpoints)
     if not steps:
         raise UserError(f"no checkpoint in {checkpoints}; train first, or give the directory of a run")
     if step is not None and step not in steps:
@@ -74,7 +75,7 @@ def load_params(
     Raises: UserError where there is no run or no such checkpoint, where it is of another model, and for a side file that
     `load_lora` refuses.
     """
-    run = pathlib.Path(run)
+    run = as_path(run)
     described = load_run(run)
     step = find_step(run, step)
     config = described["config"]
@@ -154,7 +155,7 @@ def load_flow(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = Non
     Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
     is a run of another stage.
     """
-    config = flow_matching_config(load_run(pathlib.Path(run)), run)
+    config = flow_matching_config(load_run(as_path(run)), run)
     params, _ = load_params(run, functools.partial(init_flow_params, config), mesh, step=step, ema=True)
     return config, params
 
@@ -175,7 +176,7 @@ def load_vocoder(run: str | os.PathLike[str], mesh: Mesh, *, step: int | None = 
     Args: as `load_params`; the moving average is taken, where the run keeps one. Raises UserError as that, and where `run`
     is a run of another stage.
     """
-    run = pathlib.Path(run)
+    run = as_path(run)
     described = load_run(run)
     config = hift_vocoder_config(described, run)
     optimizer_config = from_dict(OptimizerConfig, described["config"].get("optimizer", {}))
@@ -199,10 +200,10 @@ def find_text_tokenizer(described: dict[str, Any], run: str | os.PathLike[str], 
 
     Raises UserError where there is none, and for one whose hash is not that of the run.
     """
-    expected, where = described["facts"]["text_tokenizer"], pathlib.Path(place or pathlib.Path(run, TEXT_TOKENIZER))
+    expected, where = described["facts"]["text_tokenizer"], as_path(place) if place else as_path(run) / TEXT_TOKENIZER
     if not place and not where.is_dir():
         raise UserError(f"{where}: the text tokenizer of {run} is gone; give its --text_tokenizer")
-    tokenizer = load_text_tokenizer(where)
+    tokenizer = load_text_tokenizer(fetched(where))
     mend = "give the one that made the corpus's text tokens"
     check_same_tokenizer(tokenizer, expected, run, name=f"--text_tokenizer {where}", mend=mend)
     return tokenizer
@@ -215,7 +216,7 @@ class TokenReader:
     """
 
     def __init__(self, run: str, expected: str) -> None:
-        facts = load_run(pathlib.Path(run))["facts"]
+        facts = load_run(as_path(run))["facts"]
         if "quantizer" not in facts.get("model", {}) or facts["model"]["quantizer"] == "none":
             raise UserError(f"data.speech_tokenizer={run}: is no run of a speech tokenizer with a codebook")
         config = self._config = from_dict(SpeechTokenizerConfig, facts["model"] | {"dtype": "float32", "remat": "none"})
@@ -226,7 +227,7 @@ class TokenReader:
         )
         where = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
-        loaded = load_subtree(pathlib.Path(run) / "checkpoints", abstract, find_step(run))
+        loaded = load_subtree(as_path(run) / "checkpoints", abstract, find_step(run))
         self._params, self._model_state = loaded["params"], loaded["model_state"]
         found = tokenizer_hash(config, self._params, self._model_state)
         if found != expected:

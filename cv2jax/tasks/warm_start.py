@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from cv2jax.models.flow_matching.config import FlowMatchingConfig
 from cv2jax.models.flow_matching.model import init_params as init_flow_params
 from cv2jax.models.text_speech_lm.model import TextSpeechLmConfig, init_params
 from cv2jax.nn.stack import match_layers
+from cv2jax.remote import as_path
 from cv2jax.tasks.trained import InitParams, flow_matching_config, load_params, text_speech_lm_config
 from cv2jax.text.tokenizer import check_same_tokenizer, load_text_tokenizer
 from cv2jax.train.run import load_run
@@ -30,7 +30,7 @@ def load_initial(
     a Qwen2 directory the backbone and the text table. `text_tokenizer` is the corpus's: UserError where another made what
     was learnt, and where neither a run nor a backbone lies.
     """
-    directory, ours = pathlib.Path(place), load_text_tokenizer(text_tokenizer)
+    directory, ours = as_path(place), load_text_tokenizer(text_tokenizer)
     if (directory / "run.json").is_file():
         described = load_run(directory)
         theirs = text_speech_lm_config(described, place)
@@ -51,7 +51,7 @@ def load_initial(
 
 def load_initial_flow(place: str, config: FlowMatchingConfig, params: Any) -> dict[str, Any]:
     """As `load_initial` of a run's workdir, a flow's parameters; UserError where no run of a flow lies there."""
-    theirs = flow_matching_config(load_run(pathlib.Path(place)), place)
+    theirs = flow_matching_config(load_run(as_path(place)), place)
     init = functools.partial(init_flow_params, dataclasses.replace(config, scan_layers=theirs.scan_layers))
     return _load(place, init, params)
 

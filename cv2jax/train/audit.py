@@ -55,7 +55,7 @@ def read_audit(path: pathlib.Path) -> dict[int, dict[str, int]]:
     if not path.is_file():
         return {}
     rows = {}
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if _row(file.readline(), str) is None:
             return {}
         for line in file:

@@ -16,13 +16,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
-from cv2jax.files import utf8_path
+from cv2jax.remote import absolute, is_lost_connection, is_remote, move_directory
 from cv2jax.train.disk import full_disk_reported
 from cv2jax.train.hashes import state_hash
 
 _CHUNK_BYTES = 1 << 26  # of a file of an array, where memory is short
 _READ_AT_ONCE = 1 << 28  # bytes of arrays: Orbax holds as much again of what it is reading
 _NAME = "state"  # always named: the default name differs between Orbax releases
+_COMMITTED = "commit_success.txt"  # Orbax's mark where nothing can be renamed
 _HASH = "state_hash"  # in a checkpoint's own description
 
 
@@ -41,7 +42,7 @@ class Checkpoints:
             raise UserError(f"{directory}: is a file where the checkpoints go; move it away")
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
-            utf8_path(directory.resolve(), "Orbax"),
+            absolute(directory, "Orbax"),
             # cast: Orbax 0.12 annotates these two with protocols that its own policies miss by an argument's type.
             save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
             preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(keep)),
@@ -131,10 +132,17 @@ class Checkpoints:
             for step in steps:
                 names = itertools.chain([str(step)], (f"{step}.{again}" for again in itertools.count(2)))
                 target = next(aside / name for name in names if not (aside / name).exists())
-                (self._directory / str(step)).rename(target)
+                move_directory(self._directory / str(step), target)
         _processes_with(False)  # all wait for the move
         self._checkpointer.reload()
         return aside
+
+
+def complete_steps(directory: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a directory, oldest first; in a bucket one counts once Orbax has marked it so."""
+    folders = [path for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
+    whole = [path for path in folders if not is_remote(path) or (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in whole)
 
 
 def _processes_with(condition: bool) -> list[int]:
@@ -161,7 +169,7 @@ def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:
     with (
         full_disk_reported(directory),
         _nothing_to_merge(),
-        ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax"), context=context) as checkpointer,
+        ocp.training.Checkpointer(absolute(directory, "Orbax"), context=context) as checkpointer,
     ):
         checkpointer.save_checkpointables(step, {_NAME: state})
 
@@ -184,7 +192,7 @@ def load_subtree(directory: pathlib.Path, abstract: Any, step: int | None = None
     Peak memory is what is loaded, and twice its largest array beside it. None stands for what is not wanted.
     Raises UserError where there is no checkpoint, or where the newest is of another model or damaged.
     """
-    with ocp.training.Checkpointer(utf8_path(directory.resolve(), "Orbax")) as checkpointer:
+    with ocp.training.Checkpointer(absolute(directory, "Orbax")) as checkpointer:
         if checkpointer.latest is None:
             raise UserError(f"no checkpoint in {directory}; train first, or give the directory of a run")
         return _load(checkpointer, directory, abstract, step, partial=True)[0]
@@ -214,7 +222,7 @@ def _load(
     with _damage_reported(place), alone:
         for part in _parts(leaves) if partial else [set(range(len(leaves)))]:
             wanted = structure.unflatten([leaf if i in part else None for i, leaf in enumerate(leaves)])
-            read = ocp.load_checkpointables(utf8_path(place.resolve(), "Orbax"), {_NAME: wanted})[_NAME]
+            read = ocp.load_checkpointables(absolute(place, "Orbax"), {_NAME: wanted})[_NAME]
             for i, array in zip(sorted(part), jax.tree.leaves(read), strict=True):
                 loaded[i] = array
     return structure.unflatten(loaded), (description.custom_metadata or {}).get(_HASH)
@@ -243,6 +251,8 @@ def _damage_reported(place: pathlib.Path) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, KeyboardInterrupt | MemoryError) or "RESOURCE_EXHAUSTED" in str(cause):
             raise cause from None
+        if is_remote(place) and is_lost_connection(cause):
+            raise  # it may be whole
         reason = (str(cause).splitlines() or [type(cause).__name__])[0].split(". See full")[0][:120]
         raise Damaged(
             f"checkpoint {place} is damaged ({reason}); remove that folder and give the same command: "

@@ -19,6 +19,7 @@ from cv2jax.config import TrainConfig, UserError, format_config
 from cv2jax.parallel.distributed import from_first_process, global_batch, local_rows, to_host
 from cv2jax.parallel.mesh import make_mesh
 from cv2jax.parallel.sharding import abstract_state, axis_rules
+from cv2jax.remote import Mirror, is_remote, locked, mirrored
 from cv2jax.train.checkpoint import Checkpoints
 from cv2jax.train.clock import Clock
 from cv2jax.train.hashes import state_hash
@@ -65,22 +66,24 @@ def train(
     clock = Clock()
     with (
         _only_one_in(workdir),
+        mirrored(workdir, first=first) as mirror,
         contextlib.nullcontext(stop) if stop else StopSignal() as stop,
-        end_noted(workdir, lambda: clock.phase.step - 1, enabled=first),
-        Watchdog(clock, workdir, config.stuck_seconds),
+        end_noted(mirror.local, lambda: clock.phase.step - 1, enabled=first),
+        Watchdog(clock, mirror.local, config.stuck_seconds, mirror.push_and_end),
         Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints) as checkpoints,
     ):
         if jax.process_count() > 1:
             stop.share()
-        _refuse_imported(checkpoints, workdir)
+        _refuse_imported(checkpoints, mirror.local)
         started, padding = checkpoints.latest_step is not None, task.planned_padding()
-        save_or_compare(workdir, config, task.facts(), started=started, write=first, planned_padding=padding)
+        save_or_compare(mirror.local, config, task.facts(), started=started, write=first, planned_padding=padding)
         if first:
-            task.keep(workdir)
+            task.keep(mirror.local)
+            mirror.push()
         state, start = checkpoints.restore(abstract) or (None, 0)
         if start >= config.num_steps:
             logging.info("%s has all its %d steps already", workdir, config.num_steps)
-            return _end(workdir, start, 0)
+            return _end(mirror.local, start, 0)
         if state is not None:
             logging.info("resuming %s at step %d of %d", workdir, start, config.num_steps)
         else:
@@ -90,7 +93,7 @@ def train(
         clock.enter("start", start + 1)
         if stop.asked:  # before anything that takes minutes; nothing is new that would have to be saved
             logging.warning("asked to stop before step %d; the same command goes on from there", start + 1)
-            return _end(workdir, start, EXIT_PREEMPTED)
+            return _end(mirror.local, start, EXIT_PREEMPTED)
         # ── everything that compiles for training, before the first batch ───────────────────────────────────────
         step, specs = task.make_step(), task.batch_specs()
         steps = compile_steps(step, abstract, shardings, specs, mesh)
@@ -98,14 +101,16 @@ def train(
         evaluate = task.make_evaluate(mesh, abstract)
         options = {"enabled": first, "wandb": wandb, "peak_flops": peak_flops * mesh.size}
         with (
-            Recorder(task, config, workdir, start, clock, **options) as recorder,
-            Tracer(workdir, traced, stop, enabled=first) as tracer,
+            Recorder(task, config, mirror.local, start, clock, **options) as recorder,
+            Tracer(mirror.local, traced, stop, enabled=first) as tracer,
         ):
-            run = _Run(task, config, mesh, steps, flops, evaluate, step_key, checkpoints, recorder, clock, stop, tracer)
+            run = _Run(
+                task, config, mesh, steps, flops, evaluate, step_key, checkpoints, mirror, recorder, clock, stop, tracer
+            )
             code = run.train(state, start)
         clock.enter("save", config.num_steps)
         checkpoints.wait()
-        return _end(workdir, checkpoints.latest_step or 0, code)
+        return _end(mirror.local, checkpoints.latest_step or 0, code)
 
 
 @dataclasses.dataclass
@@ -120,6 +125,7 @@ class _Run:
     evaluate: Callable[[TrainState], dict[str, Any]]
     key: jax.Array
     checkpoints: Checkpoints
+    mirror: Mirror
     recorder: Recorder
     clock: Clock
     stop: StopSignal
@@ -169,6 +175,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.clock.enter("save", step)
+        self.mirror.push()  # the checkpoint counts on the record
         self.checkpoints.save(step, state)
 
     def _evaluate(self, step: int, state: TrainState, *, draw: bool) -> None:
@@ -201,6 +208,10 @@ def _only_one_in(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the run's directory: two trainings in it would rewrite each other's record and half-written checkpoints."""
     if jax.process_index() > 0:
         yield
+        return
+    if is_remote(workdir):
+        with locked(workdir):
+            yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "w") as lock:

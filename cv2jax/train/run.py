@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2jax
 from cv2jax.config import TrainConfig, UserError, differences, from_dict, to_dict
+from cv2jax.remote import cloud_reported
 
 # What may differ between a run and its resumption: none of it changes batches, draws or what is computed. Another mesh
 # sums in another order (numbers differ by rounding); logging and evaluation change which lines there are and what an
@@ -119,7 +120,9 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 def load_run(workdir: pathlib.Path) -> dict[str, Any]:
     """{"config", "facts", "cv2jax", "revision"} of the run in `workdir`; UserError if there is none."""
     path = workdir / "run.json"
-    if not path.is_file():
+    with cloud_reported(path):
+        is_there = path.is_file()
+    if not is_there:
         raise UserError(f"{workdir} holds no run (no run.json); give the --workdir of `cv2jax train`")
     mend = "restore it or start in another --workdir"
     try:

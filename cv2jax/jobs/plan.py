@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import logging
@@ -39,24 +40,33 @@ def plan(
     json_file: str | None = None,
     markdown_file: str | None = None,
 ) -> bool:
-    """Plans each config on a topology, prints the reports and writes them; whether all of them fit.
+    """Plans each config on a topology, prints the reports and writes them as they come; whether all of them fit.
 
-    With `fit` each is searched for its fastest plan in so many compilations. A mistake in one config is a UserError.
+    With `fit` each is searched for its fastest plan in so many compilations. UserError for a mistake; of several configs
+    each is told, and the others are planned.
     """
     preset = parse_topology(topology, num_slices)
     require_libtpu()
-    reports = []
+    reports, mistakes = [], []
+    _write(reports, json_file, markdown_file)  # before minutes of work, that they can be
     for config in configs:
-        config = scale_batch(config, batch_scale)
-        report = _search(config, preset, fit) if fit else plan_stage(config, preset)
+        try:
+            config = scale_batch(config, batch_scale)
+            report = _search(config, preset, fit) if fit else plan_stage(config, preset)
+        except UserError as error:
+            mistakes.append(error)
+            if len(configs) > 1:
+                print(f"{config.name}: {error}", file=sys.stderr)
+            continue
         print(in_words(report), flush=True)
         if not report["fits"]:
             print(f"  try         {mends(report)}", flush=True)
         reports.append(report)
-    if json_file is not None:
-        _write(json_file, json.dumps(reports, indent=1) + "\n")
-    if markdown_file is not None:
-        _write(markdown_file, markdown(reports) + "\n")
+        _write(reports, json_file, markdown_file)
+    if mistakes:
+        raise (
+            mistakes[0] if len(configs) == 1 else UserError(f"{len(mistakes)} of {len(configs)} not planned, see above")
+        )
     return all(report["fits"] for report in reports)
 
 
@@ -97,8 +107,11 @@ def plan_matrix(out: pathlib.Path) -> bool:
     return matrix.run(out)
 
 
-def _write(path: str, text: str) -> None:
-    try:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror}); give another file") from error
+def _write(reports: list[Report], json_file: str | None, markdown_file: str | None) -> None:
+    texts = {json_file: json.dumps(reports, indent=1), markdown_file: markdown(reports)}
+    for path, text in texts.items():
+        try:
+            if path is not None:
+                pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write ({error.strerror}); give another file") from error

@@ -86,7 +86,9 @@ class _Counter:
     """Walks the computations of a module from its entry; each is counted once and remembered."""
 
     def __init__(self, module: Module, slice_of: Sequence[int], kernels: Mapping[str, tuple[float, float]]) -> None:
-        self._module, self._slice_of = module, slice_of
+        # Over several slices the TPU compiler writes the program of one, with sends to the others.
+        self._module, self._slice_of = module, slice_of[: module.num_partitions]
+        self._num_slices = len(set(slice_of))
         self._kernels = {name: flops / calls for name, (calls, flops) in kernels.items() if calls}
         self._done: dict[tuple[str, bool], Cost] = {}
 
@@ -128,7 +130,7 @@ class _Counter:
                 kind = "reduce-scatter"
             total.transfers.append(measure(one, _bytes_read(inside, one, padded=False), self._slice_of, kind))
         elif opcode == "send":
-            sent = measure_send(one, _bytes_read(inside, one, padded=False), len(set(self._slice_of)))
+            sent = measure_send(one, _bytes_read(inside, one, padded=False), self._num_slices)
             total.transfers += [sent] if sent else []
         if not fused:
             moved = self._moved(inside, one)

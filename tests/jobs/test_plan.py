@@ -162,6 +162,28 @@ def test_a_step_that_does_not_fit_has_an_exit_code_and_mends(monkeypatch, capsys
     assert json.loads(out.read_text())[0]["needed"] == 20 * GIB
 
 
+def test_of_several_each_mistake_is_told_and_the_others_are_planned(monkeypatch, capsys, tmp_path):
+    def one(config, preset):
+        if config.name.startswith("flow"):
+            raise UserError("its batch does not divide")
+        return report(stage=config.name)
+
+    monkeypatch.setattr(plan, "plan_stage", one)
+    monkeypatch.setattr(plan, "require_libtpu", lambda: None)
+    out = tmp_path / "plan.md"
+    assert cli.run(["plan", "all", "--topology", "v5e:4x4", "--markdown", str(out)]) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "flow_matching_official: its batch does not divide"
+    assert "1 of 5 not planned" in last
+    assert len(out.read_text().splitlines()) == 2 + 4
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "require_libtpu", lambda: None)
+    assert cli.run(["plan", "all", "--topology", "v5e:4x4", "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert "a.json: cannot write (No such file" in capsys.readouterr().err
+
+
 def fake_search(monkeypatch, outcome):
     """A search whose estimates say what is given, without a trace or a compilation: `outcome(candidate)` → report."""
     compiled = []

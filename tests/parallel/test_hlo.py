@@ -134,7 +134,7 @@ def test_the_tpu_compiler_s_own_forms():
         "  %m = f32[8,128]{1,0:S(1)} slice-done(%l)\n"
         '  %b = f32[8,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"'
     )
-    cost = hlo_cost(module(body, scatter), slice_of=[0] * 8 + [1] * 8)
+    cost = hlo_cost(module(body, scatter), slice_of=[0] * 8 + [1] * 8)  # written for one slice
     assert [one.kind for one in cost.transfers] == ["reduce-scatter", "all-reduce"]
     assert (cost.ici_bytes, cost.dcn_bytes) == (8 * MIB * 7 / 8, MIB)
     assert cost.hbm_bytes == (8 + 1) * MIB + MIB + MIB

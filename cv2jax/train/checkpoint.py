@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import Any, cast
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from cv2jax.config import UserError
 from cv2jax.files import utf8_path
 from cv2jax.train.disk import full_disk_reported
 from cv2jax.train.hashes import state_hash
+from cv2jax.train.stop import processes_with
 
 _CHUNK_BYTES = 1 << 26  # of a file of an array, where memory is short
 _NAME = "state"  # always named: the default name differs between Orbax releases
@@ -127,7 +126,7 @@ class Checkpoints:
                 names = itertools.chain([str(step)], (f"{step}.{again}" for again in itertools.count(2)))
                 target = next(aside / name for name in names if not (aside / name).exists())
                 (self._directory / str(step)).rename(target)
-        _processes_with(False)  # all wait for the move
+        processes_with(False)  # all wait for the move
         self._checkpointer.reload()
         return aside
 
@@ -140,16 +139,9 @@ def _agreed(place: pathlib.Path) -> Iterator[None]:
         yield
     except Damaged as error:
         damage = error
-    failed = _processes_with(damage is not None)
+    failed = processes_with(damage is not None)
     if failed:
         raise damage or Damaged(f"checkpoint {place} is damaged (process {failed[0]} cannot read it); remove it")
-
-
-def _processes_with(condition: bool) -> list[int]:
-    """The processes for which it holds, the same answer on all; each must call it."""
-    if jax.process_count() == 1:
-        return [0] if condition else []
-    return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
 
 
 def save_frugally(directory: pathlib.Path, step: int, state: Any) -> None:

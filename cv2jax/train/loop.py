@@ -26,7 +26,7 @@ from cv2jax.train.recorder import Recorder
 from cv2jax.train.run import end_noted, note_end, save_or_compare
 from cv2jax.train.state import TrainState, make_state
 from cv2jax.train.step import CompiledByShape, batch_key, compile_steps, count_flops_by_shape
-from cv2jax.train.stop import EXIT_PREEMPTED, StopSignal
+from cv2jax.train.stop import EXIT_PREEMPTED, StopSignal, processes_with
 from cv2jax.train.task import Task
 from cv2jax.train.trace import Tracer, parse_steps
 from cv2jax.train.wandb_log import wandb_project
@@ -88,7 +88,7 @@ def train(
         millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
         logging.info("%.3f M parameters, hash of the state %d", millions, state_hash(state))  # compiled before a save
         clock.enter("start", start + 1)
-        if stop.asked:  # before anything that takes minutes; nothing is new that would have to be saved
+        if processes_with(stop.asked):  # before anything that takes minutes; nothing is new that would have to be saved
             logging.warning("asked to stop before step %d; the same command goes on from there", start + 1)
             return _end(workdir, start, EXIT_PREEMPTED)
         # ── everything that compiles for training, before the first batch ───────────────────────────────────────

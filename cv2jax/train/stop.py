@@ -42,3 +42,15 @@ class StopSignal:
         from cv2jax.parallel.distributed import reached_stop
 
         return reached_stop(step)
+
+
+def processes_with(condition: bool) -> list[int]:
+    """The processes for which it holds, the same answer on all of them; each must call it."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [0] if condition else []
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.flatnonzero(multihost_utils.process_allgather(np.array(condition))).tolist()
